@@ -6,19 +6,20 @@ Every comparison with the float64 reference goes through `assert_close`. An elem
 
 `rtol` is what the rounding of the result itself may cost, so it is half a unit in the last place of the
 result's dtype; `atol * scale` is the noise of the arithmetic before that rounding, which is relative to the
-size of the numbers that were added up and not to what was left of them. `tiny` is half the smallest subnormal.
+size of the numbers that were added up and not to what is left of them. `tiny` is half the smallest subnormal.
 
 `scale` is a number, or an array that broadcasts to the reference:
 
     y, dx, dresidual     max|reference| if not given. Give it where cancellation makes the result small:
-                         max(|weight * xhat| + |bias| + |residual|) for y, max|weight * dz / sqrt(var + eps)| for dx
-                         (a batch of two values has dx near 0), and in float64 at least |mean|/std for y and dx.
+                         max(|weight * x_hat| + |bias| + |residual|) for y and
+                         max|weight * dz / sqrt(var + eps)| for dx (a batch of two values has dx near 0);
+                         for float64 it is also at least |mean|/std.
     dweight, dbias       must be given: the sum of |terms| for each channel.
     mean, running_mean   must be given: the standard deviation for each channel.
     var, running_var     none: these are relative.
 
-A place where z is within rounding of the kink of relu or leaky_relu may take either slope. `silence_kinks` sets
-dy to 0 there, so that such a place cannot decide a test.
+A place where z is within rounding of the kink of relu or leaky_relu may take either slope. `silence_kinks`
+sets dy to 0 there, so that such a place cannot decide a test.
 """
 
 from __future__ import annotations
@@ -185,8 +186,8 @@ def assert_not_worse_than_torch(
 ) -> None:
     """The rule of flash-attention: our error is at most twice PyTorch's, plus one rounding of the result.
 
-    All three see the same input; the errors are the largest absolute differences from the float64 reference. The one
-    rounding, `UNIT[dtype] * max|reference|`, is there for the case in which PyTorch happens to be exact.
+    All three see the same input; the errors are the largest absolute differences from the float64 reference.
+    The one rounding, `UNIT[dtype] * max|reference|`, is for the case in which PyTorch happens to be exact.
     """
     name = dtype_name(dtype)
     expected = _reference(reference)
