@@ -23,6 +23,11 @@ def test_no_arrow_runs_the_wrong_way() -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
 @pytest.mark.parametrize(
     ("file", "source", "expected"),
     [
