@@ -10,7 +10,8 @@ size of the numbers that were added up and not to what is left of them. `tiny` i
 
 `scale` is a number, or an array that broadcasts to the reference:
 
-    y, dx, dresidual     max|reference| if not given. Give it where cancellation makes the result small:
+    y, dx, dresidual,
+    difference           max|reference| if not given. Give it where cancellation makes the result small:
                          max(|weight * x_hat| + |bias| + |residual|) for y and
                          max|weight * dz / sqrt(var + eps)| for dx (a batch of two values has dx near 0);
                          for float64 it is also at least |mean|/std.
@@ -75,6 +76,9 @@ TABLE: Final[dict[tuple[str, str], Tolerance]] = {
     ("float64", "var"): Tolerance(1e-12, 0, "a two-pass sum of squares"),
     ("float64", "running_mean"): Tolerance(1e-14, 1e-12, "as mean, and one update"),
     ("float64", "running_var"): Tolerance(1e-12, 0, "as var, and one update"),
+    ("float64", "difference"): Tolerance(
+        0, 1e-8, "central differences, step 1e-5: truncated at 1e-10, rounded at 1e-10"
+    ),
     ("float32", "y"): Tolerance(0, 1e-6, _Y32),
     ("float32", "dx"): Tolerance(0, 3e-6, _DX32),
     ("float32", "dresidual"): Tolerance(0, 1e-6, _DZ32),
@@ -105,7 +109,7 @@ TABLE: Final[dict[tuple[str, str], Tolerance]] = {
     ("bfloat16", "running_var"): Tolerance(1e-6 + 2.0**-23, 0, _VAR32 + _RUN),
 }
 
-_SCALED_BY_REFERENCE = ("y", "dx", "dresidual")
+_SCALED_BY_REFERENCE = ("y", "dx", "dresidual", "difference")
 _RELATIVE = ("var", "running_var")
 
 
