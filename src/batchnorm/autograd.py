@@ -1,0 +1,154 @@
+"""The one autograd function.
+
+Forward keeps x and two values a channel (mean and variance), however the result is activated; a residual
+in front of ReLU adds the result itself, which the next layer keeps anyway. Inference with frozen
+parameters keeps nothing of tensor size.
+
+Backward runs the kernel's. Where a graph is asked for (``create_graph=True``), the gradients are taken
+through ``eager.differentiable`` instead, in operations that autograd knows, so that any further order is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import eager
+from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.eager import Needs, Running
+
+
+@dataclass(slots=True)
+class Call:
+    """What a forward is given beside its differentiable tensors."""
+
+    kernel: ModuleType
+    eps: float
+    activation: Activation
+    mask: Tensor | None = None
+    population: tuple[Tensor, Tensor] | None = None  # mean and variance of inference; None: the batch's own
+    batch: Tensor | None = None  # the batch's mean and biased variance, (2, channels), where already found
+    running: Running | None = None  # updated by the forward that finds them
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """y = activation((x − mean)/√(var + eps)·weight + bias + residual)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        sample_weight: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        activation, mask, kernel = call.activation, call.mask, call.kernel
+        y: Tensor
+        if call.population is None and call.batch is None:
+            y, stats = kernel.forward(
+                x, weight, bias, call.eps, residual=residual, activation=activation, mask=mask,
+                sample_weight=sample_weight, running=call.running,
+            )  # fmt: skip
+        else:
+            # Stacked, so copied: running statistics may move on before backward.
+            stats = torch.stack(call.population) if call.population is not None else call.batch
+            assert stats is not None
+            y = kernel.normalize(
+                x,
+                stats[0],
+                stats[1],
+                call.eps,
+                weight,
+                bias,
+                residual=residual,
+                activation=activation,
+                mask=mask,
+            )
+        ctx.call = call
+        sign_of_y = activation.sign_survives and (residual is not None or not _needs_input(ctx, call))
+        keep_x = _needs_input(ctx, call) or not (activation.name == "identity" or sign_of_y)
+        keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
+        ctx.save_for_backward(
+            x if keep_x else None,
+            weight,
+            bias,
+            residual if keep_residual else None,
+            sample_weight,
+            stats,
+            y if sign_of_y else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, sample_weight, stats, y = ctx.saved_tensors
+        call: Call = ctx.call
+        needs = Needs(*ctx.needs_input_grad[:4])
+        training = call.population is None
+        if torch.is_grad_enabled() or ctx.needs_input_grad[4]:
+            return _through_graph(ctx, dy, needs)
+        if x is None:
+            # Inference, frozen: the gradient looks at dy and at the sign of y, never at the values of x.
+            x = dy
+        grads = call.kernel.backward(
+            dy, x, stats[0], stats[1], call.eps, weight, bias, training=training, residual=residual, y=y,
+            activation=call.activation, mask=call.mask, sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
+        return (*grads, None, None)
+
+
+def _needs_input(ctx: Any, call: Call) -> bool:
+    """Whether a gradient depends on the values of x: training, or the weight's own gradient."""
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    return call.population is None or needs[1]
+
+
+def _through_graph(ctx: Any, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    """The same gradients, in operations that autograd can differentiate again."""
+    x, weight, bias, residual, sample_weight, stats, y = ctx.saved_tensors
+    call: Call = ctx.call
+    population = None if call.population is None else (stats[0], stats[1])
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if x is None:
+            # Frozen inference: the gradient is linear in dy, whatever the values of x were.
+            x = torch.zeros_like(dy, requires_grad=needs.x)
+        # Aliases: one tensor may be given twice (as x and as the residual), each place has its own gradient.
+        x = x.view_as(x)
+        weight, bias, residual, sample_weight = (
+            None if t is None else t.view_as(t) for t in (weight, bias, residual, sample_weight)
+        )
+        linear = call.activation.is_piecewise_linear
+        z = eager.differentiable(
+            x, weight, bias, call.eps, stats=population, residual=None if linear else residual,
+            activation=IDENTITY if linear else call.activation, mask=call.mask, sample_weight=sample_weight,
+        )  # fmt: skip
+        if linear:
+            # Between its kinks the activation's slope is a constant: only what stands before it needs a graph.
+            dy = _before_activation(call, dy, z.detach() if y is None else y, residual)
+        wanted = [
+            (x, needs.x), (weight, needs.weight), (bias, needs.bias),
+            (None if linear else residual, needs.residual), (sample_weight, ctx.needs_input_grad[4]),
+        ]  # fmt: skip
+        inputs = [t for t, needed in wanted if needed and t is not None]
+        found = iter(torch.autograd.grad(z, inputs, dy, create_graph=graph, allow_unused=True) if inputs else ())
+        grads = [next(found) if needed and t is not None else None for t, needed in wanted]
+    if linear and needs.residual:
+        grads[3] = dy
+    return (*grads, None)
+
+
+def _before_activation(call: Call, dy: Tensor, z: Tensor, residual: Tensor | None) -> Tensor:
+    """dy·activation'(z) of a piecewise linear function, 0 where absent; differentiable in dy."""
+    if call.activation.name != "identity":
+        z = z if residual is None else z + residual.detach()
+        dy = dy * call.activation.backward(torch.ones_like(z), z)
+    if call.mask is not None:
+        dy = torch.where(call.mask, dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
+    return dy

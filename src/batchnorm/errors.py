@@ -1,0 +1,44 @@
+"""The errors of the library.
+
+Each is a ``BatchNormError`` and at the same time the built-in kind that PyTorch raises in the same
+place, so that ``except ValueError`` written for ``torch.nn.BatchNorm2d`` goes on working.
+"""
+
+from __future__ import annotations
+
+
+class BatchNormError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class ArgumentError(BatchNormError, ValueError):
+    """An argument or a shape outside what a function takes."""
+
+
+class MismatchError(BatchNormError, RuntimeError):
+    """Tensors that do not fit together: sizes, devices, missing statistics."""
+
+
+class DtypeError(BatchNormError, RuntimeError):
+    """A dtype that cannot be normalized, or dtypes that cannot be combined."""
+
+
+class BackendError(BatchNormError, RuntimeError):
+    """A backend that was named outright and cannot serve."""
+
+
+class NonFiniteError(BatchNormError, RuntimeError):
+    """An Inf or a NaN where ``nonfinite="raise"`` forbids it."""
+
+
+class DataError(BatchNormError, ValueError):
+    """A data file that is missing, cut short or not what it claims to be."""
+
+
+def expected(function: str, invariant: str, got: object, todo: str) -> str:
+    """The one form of our messages.
+
+    >>> expected("fold", "a model in eval mode", "one in training mode", "Call model.eval() first.")
+    'fold: expected a model in eval mode, got one in training mode. Call model.eval() first.'
+    """
+    return f"{function}: expected {invariant}, got {got}. {todo}"

@@ -1,0 +1,165 @@
+"""Which kernel runs: ``choose`` takes the fastest that serves, ``explain`` says why each other one does not.
+
+A backend is a module with the functions that ``eager`` documents. It is imported on first use, may be
+missing, and is never replaced silently: a backend that was named and cannot serve raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from batchnorm.errors import BackendError, expected
+from batchnorm.kernels import eager
+from batchnorm.kernels.activations import IDENTITY, Activation
+
+# Fastest first. The last one serves everything.
+BACKENDS: dict[str, str] = {"eager": "batchnorm.kernels.eager"}
+
+_named: ContextVar[str | None] = ContextVar("batchnorm_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found: the backend that runs, and the reason against each other one.
+
+    Arguments:
+        backend: name of the kernel that runs
+        reasons: for each known backend, in order of preference, why it does not run; None for the one that does
+        named: whether it was named by ``use_backend`` or BATCHNORM_BACKEND rather than chosen
+    """
+
+    backend: str
+    reasons: dict[str, str | None]
+    named: bool
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: runs" + (" (named outright)" if self.named else "")]
+        lines += [f"{name}: {why}" for name, why in self.reasons.items() if name != self.backend]
+        return "\n".join(lines)
+
+
+def choose(
+    x: Tensor,
+    *,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> ModuleType:
+    """The fastest backend that serves this call.
+
+    Raises:
+        BackendError: a backend was named outright that is unknown or cannot serve; the message names those that can
+    """
+    name = _named.get() or _from_environment()
+    if name is None:
+        for candidate in BACKENDS:
+            kernel = _load(candidate)
+            if isinstance(kernel, ModuleType):
+                why = kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight)
+                if why is None:
+                    return kernel
+        return eager
+    found = _load(name)
+    why = found if isinstance(found, str) else found.supports(
+        x, activation=activation, mask=mask, sample_weight=sample_weight
+    )  # fmt: skip
+    if isinstance(found, str) or why is not None:
+        able = [n for n, reason in _reasons(x, activation, mask, sample_weight).items() if reason is None]
+        todo = f"Name one of {able}, or none to let the library choose."
+        raise BackendError(expected("choose", "a backend that serves this input", f"{name!r}: {why}", todo))
+    return found
+
+
+def explain(
+    x: Tensor,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Explanation:
+    """Which backend runs for such a call, and why each other one does not.
+
+    >>> import torch
+    >>> print(explain(torch.randn(8, 3)).backend in BACKENDS)
+    True
+    """
+    from batchnorm.kernels.activations import activation as by_name
+
+    act = by_name(activation, negative_slope)
+    chosen = choose(x, activation=act, mask=mask, sample_weight=sample_weight).NAME
+    reasons = _reasons(x, act, mask, sample_weight)
+    named = (_named.get() or _from_environment()) is not None
+    for name, why in reasons.items():
+        if why is None and name != chosen:
+            reasons[name] = "serves, but another was named" if named else f"serves, but {chosen} is preferred"
+    return Explanation(chosen, reasons, named)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Names the backend for every call inside the block, in this thread or task only.
+
+    >>> import torch
+    >>> with use_backend("eager"):
+    ...     explain(torch.randn(8, 3)).backend
+    'eager'
+
+    Raises:
+        BackendError: there is no backend of that name
+    """
+    _known("use_backend", name)
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def _reasons(
+    x: Tensor, activation: Activation, mask: Tensor | None, sample_weight: Tensor | None
+) -> dict[str, str | None]:
+    reasons: dict[str, str | None] = {}
+    for name in BACKENDS:
+        kernel = _load(name)
+        reasons[name] = kernel if isinstance(kernel, str) else kernel.supports(
+            x, activation=activation, mask=mask, sample_weight=sample_weight
+        )  # fmt: skip
+    return reasons
+
+
+def _from_environment() -> str | None:
+    if ENVIRONMENT is not None:
+        _known("BATCHNORM_BACKEND", ENVIRONMENT)
+    return ENVIRONMENT
+
+
+def _known(function: str, name: str) -> None:
+    if name not in BACKENDS:
+        todo = "Correct the name."
+        raise BackendError(expected(function, f"one of {list(BACKENDS)}", repr(name), todo))
+
+
+_loaded: dict[str, ModuleType | str] = {}
+
+
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported (installed and broken counts)."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(BACKENDS[name])
+        except (ImportError, OSError) as error:
+            _loaded[name] = f"cannot be imported: {error}"
+    return _loaded[name]
+
+
+# Read once: a look-up in the environment costs as much as a small kernel.
+ENVIRONMENT: str | None = os.environ.get("BATCHNORM_BACKEND") or None

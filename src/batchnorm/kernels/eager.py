@@ -1,0 +1,392 @@
+"""Plain PyTorch: every device and dtype, and the formula that autograd can differentiate any number of times.
+
+The functions of a kernel, over a tensor of any rank with channels in dimension 1, seen as
+(outer, channel, inner). On the CPU each sweep goes part by part, so that what it needs beside its result
+stays in cache. Three points keep the digits:
+
+- mean and variance are float64, found mean first and squares about it after (``moments.py``);
+- x − mean takes the mean as a float32 high part and a float32 remainder: (x − hi) − lo. Near the mean the
+  first difference is exact, so a mean of 1e6 costs nothing;
+- the result is (x − mean)·a + bias and never x·a + (bias − mean·a): a constant channel gives its bias exactly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import layout
+from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.moments import Moments, cut, moments_of_view, statistics_dtype
+
+NAME = "eager"
+
+
+class Running(NamedTuple):
+    """Running statistics that a forward updates: r ← r + factor·(batch − r)."""
+
+    mean: Tensor  # (channels,), the dtype it is kept in
+    var: Tensor  # (channels,), takes the unbiased variance
+    factor: float | Tensor  # weight of the new batch
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    residual: bool
+
+
+INPUT_ONLY = Needs(True, False, False, False)
+
+
+def supports(
+    x: Tensor,
+    *,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> str | None:
+    """Serves everything."""
+    return None
+
+
+def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
+    """Count, mean and M2 of each channel. ``mask`` and ``sample_weight`` have x's rank and broadcast to it."""
+    seen = layout.of(x)
+    view = seen.view(x)
+    if mask is None:
+        return moments_of_view(view, None if sample_weight is None else seen.view(sample_weight))
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    weight = mask if sample_weight is None else torch.where(mask, sample_weight, torch.zeros_like(sample_weight))
+    return moments_of_view(torch.where(seen.view(mask), view, zero), seen.view(weight))
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """activation((x − mean)/√(var + eps)·weight + bias + residual), 0 where the mask is False.
+
+    ``out`` may be ``x`` itself.
+    """
+    seen = layout.of(x)
+    y = seen.empty(x) if out is None else out
+    view, result = seen.view(x), seen.view(y)
+    detached = result.data_ptr() != y.data_ptr()  # out's strides did not allow a view: fill a copy, then hand it over
+    more, present = _view(seen, residual), _view(seen, mask)
+    affine = _Affine.of(x, mean, var, eps, weight, bias)
+    for part in _parts(view):
+        z = affine.scaled(view[part])
+        if more is not None:
+            z = z + more[part]
+        z = activation(z)
+        result[part] = z if present is None else z.masked_fill(~present[part], 0)
+    if detached:
+        y.copy_(_unview(seen, result))
+    return y
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σdz and Σdz·x̂ of each channel, float64 (channels,).
+
+    dz = dy·activation'(z), x̂ = (x − mean)/√(var + eps).
+    """
+    sweep = _Sweep.of(dy, x, mean, var, eps, weight, bias, residual, y, activation, mask)
+    wide = mean.dtype
+    sum_dz = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+    sum_dz_centred = torch.zeros_like(sum_dz)
+    for part in _parts(sweep.x):
+        dz, centred = sweep.gradient(part)
+        sum_dz += dz.to(wide).sum((0, 2))
+        product = dz * centred
+        if sweep.present is not None:
+            product = product.masked_fill(~sweep.present[part], 0)
+        sum_dz_centred += product.to(wide).sum((0, 2))
+    return sum_dz, sum_dz_centred * torch.rsqrt(var.to(wide) + eps)
+
+
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
+    count: Tensor | float,
+    *,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    needs: Needs = INPUT_ONLY,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = weight/√(var + eps)·(dz − w·(Σdz + x̂·Σdz·x̂)/count), and dz as the residual's gradient.
+
+    With ``sums`` None the statistics are constants (inference): dx = weight/√(var + eps)·dz.
+    """
+    sweep = _Sweep.of(dy, x, mean, var, eps, weight, bias, residual, y, activation, mask)
+    dx = sweep.seen.empty(x) if needs.x else None
+    dresidual = sweep.seen.empty(x) if needs.residual else None
+    dx_view, dresidual_view = _view(sweep.seen, dx), _view(sweep.seen, dresidual)
+    a = sweep.affine.a
+    weights = _view(sweep.seen, sample_weight)
+    if sums is not None:
+        wide = mean.dtype
+        invstd = torch.rsqrt(var.to(wide) + eps)
+        constant = _per_channel(sums[0] / count, a.dtype)
+        slope = _per_channel(sums[1] * invstd / count, a.dtype)
+    for part in _parts(sweep.x):
+        dz, centred = sweep.gradient(part)
+        if dresidual_view is not None:
+            dresidual_view[part] = dz
+        if dx_view is None:
+            continue
+        if sums is not None:
+            through_statistics = torch.addcmul(constant, centred, slope)
+            if weights is not None:
+                through_statistics = through_statistics * weights[part].to(a.dtype)
+            if sweep.present is not None:
+                through_statistics = through_statistics.masked_fill(~sweep.present[part], 0)
+            dz = dz - through_statistics
+        dx_view[part] = dz * a
+    return dx, dresidual
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    running: Running | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Training: y, and the batch's mean and biased variance as a tensor of shape (2, channels)."""
+    found = moments(x, mask=mask, sample_weight=sample_weight)
+    stats = torch.stack((found.mean, found.variance()))
+    y = normalize(x, stats[0], stats[1], eps, weight, bias, residual=residual, activation=activation, mask=mask)
+    if running is not None:
+        update(running, found)
+    return y, stats
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias and the residual's gradient, None for each that is not needed."""
+    same = {"residual": residual, "y": y, "activation": activation, "mask": mask}
+    sums = None
+    if training or needs.weight or needs.bias:
+        sums = backward_sums(dy, x, mean, var, eps, weight, bias, **same)  # type: ignore[arg-type]
+    dx = dresidual = None
+    if needs.x or needs.residual:
+        count = count_of(x, mask, sample_weight)
+        dx, dresidual = backward_input(
+            dy, x, mean, var, eps, weight, bias, sums if training else None, count,
+            sample_weight=sample_weight, needs=needs, **same,  # type: ignore[arg-type]
+        )  # fmt: skip
+    dweight = sums[1].to(weight.dtype) if needs.weight and sums is not None and weight is not None else None
+    dbias = sums[0].to(bias.dtype) if needs.bias and sums is not None and bias is not None else None
+    return dx, dweight, dbias, dresidual
+
+
+def differentiable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    stats: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """The whole function in operations that autograd knows: right to any order of derivative.
+
+    ``stats`` are constants (inference); without them the batch's own are used and differentiated. Computed in
+    float64 where the device has it, with tensor-sized intermediates: for derivatives of derivatives only.
+    """
+    seen = layout.of(x)
+    view = seen.view(x)
+    present = _view(seen, mask)
+    if present is not None:
+        view = torch.where(present, view, torch.zeros((), dtype=x.dtype, device=x.device))
+    if stats is None:
+        weights = present
+        if sample_weight is not None:
+            weights = seen.view(sample_weight)
+            if present is not None:
+                weights = torch.where(present, weights, torch.zeros_like(weights))
+        found = moments_of_view(view, weights)
+        stats = (found.mean, found.variance())
+    wide = stats[0].dtype
+    z = (view.to(wide) - stats[0].view(1, -1, 1)) * torch.rsqrt(stats[1] + eps).view(1, -1, 1)
+    if weight is not None:
+        z = z * weight.to(wide).view(1, -1, 1)
+    if bias is not None:
+        z = z + bias.to(wide).view(1, -1, 1)
+    if residual is not None:
+        z = z + seen.view(residual).to(wide)
+    z = activation(z)
+    if present is not None:
+        z = torch.where(present, z, torch.zeros((), dtype=wide, device=z.device))
+    return _unview(seen, z.to(x.dtype))
+
+
+def update(running: Running, batch: Moments) -> None:
+    """r ← r + factor·(batch − r), with the batch's unbiased variance, in the dtype the statistics are kept in."""
+    factor = running.factor
+    for r, value in ((running.mean, batch.mean), (running.var, batch.variance(biased=False))):
+        value = value.detach().to(r.dtype)
+        # Not lerp with factor 1: r + (value − r) would round, and a NaN in r would survive it.
+        if isinstance(factor, float) and factor == 1.0:
+            r.copy_(value)
+        else:
+            r.mul_(1 - factor).add_(value * factor)
+
+
+def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | float:
+    """Values a channel: a number, or the sum of the weights of each channel, (channels,)."""
+    if mask is None and sample_weight is None:
+        return x.numel() / max(1, x.shape[1])
+    weight = mask if sample_weight is None else sample_weight
+    if mask is not None and sample_weight is not None:
+        weight = torch.where(mask, sample_weight, torch.zeros_like(sample_weight))
+    assert weight is not None
+    return weight.to(statistics_dtype(x.device)).expand(x.shape).transpose(0, 1).flatten(1).sum(1)
+
+
+class _Affine(NamedTuple):
+    """Scale and shift of each channel in the precision that the values are computed in, shape (1, channels, 1)."""
+
+    hi: Tensor
+    lo: Tensor | None  # what float32 leaves of the mean; None where hi is the whole of it
+    a: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def of(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> _Affine:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        hi = _per_channel(mean, dtype)
+        lo = None if mean.dtype == dtype else _per_channel(mean - hi.view(-1).to(mean.dtype), dtype)
+        wide = torch.promote_types(var.dtype, mean.dtype)
+        if x.device.type != "mps":
+            wide = torch.float64
+        a = torch.rsqrt(var.to(wide) + eps)
+        if weight is not None:
+            a = a * weight.to(wide)
+        shift = torch.zeros_like(mean) if bias is None else bias
+        return _Affine(hi, lo, _per_channel(a, dtype), _per_channel(shift, dtype))
+
+    def centred(self, x: Tensor) -> Tensor:
+        difference = x - self.hi
+        return difference if self.lo is None else difference - self.lo
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, self.centred(x), self.a)
+
+
+class _Sweep(NamedTuple):
+    """The tensors of a backward, seen as (outer, channel, inner)."""
+
+    seen: layout.Layout
+    dy: Tensor
+    x: Tensor
+    affine: _Affine
+    residual: Tensor | None
+    y: Tensor | None
+    activation: Activation
+    present: Tensor | None
+
+    @staticmethod
+    def of(
+        dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None,
+        residual: Tensor | None, y: Tensor | None, activation: Activation, mask: Tensor | None,
+    ) -> _Sweep:  # fmt: skip
+        seen = layout.of(x)
+        return _Sweep(
+            seen, seen.view(dy), seen.view(x), _Affine.of(x, mean, var, eps, weight, bias),
+            _view(seen, residual), _view(seen, y), activation, _view(seen, mask),
+        )  # fmt: skip
+
+    def gradient(self, part: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
+        """dz = dy·activation'(z), 0 where absent, and x − mean."""
+        centred = self.affine.centred(self.x[part])
+        dz = self.dy[part].to(centred.dtype)
+        if self.y is not None:
+            dz = self.activation.backward(dz, self.y[part])
+        elif self.activation.name != "identity":
+            z = torch.addcmul(self.affine.bias, centred, self.affine.a)
+            dz = self.activation.backward(dz, z if self.residual is None else z + self.residual[part])
+        if self.present is not None:
+            dz = dz.masked_fill(~self.present[part], 0)
+        return dz, centred
+
+
+def _per_channel(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).view(1, -1, 1)
+
+
+def _view(seen: layout.Layout, t: Tensor | None) -> Tensor | None:
+    return None if t is None else seen.view(t)
+
+
+def _unview(seen: layout.Layout, view: Tensor) -> Tensor:
+    """The tensor as its user sees it, from (outer, channel, inner)."""
+    order = (*seen.outer, 1, *seen.inner)
+    unfolded = view.reshape([seen.shape[d] for d in order])
+    return unfolded.permute([order.index(d) for d in range(len(order))])
+
+
+def _parts(view: Tensor) -> list[tuple[slice, slice, slice]]:
+    if view.device.type != "cpu":
+        return [(slice(None), slice(None), slice(None))]
+    return list(cut(view.shape))

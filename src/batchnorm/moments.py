@@ -1,0 +1,243 @@
+"""``Moments``: the one statistic of the project.
+
+Count, mean and sum of squared deviations per channel. Kernels return it, ranks exchange it, masks and
+weights change it, recalibration sums it up. Two of them merge by Chan's formula, so a batch that is cut
+in any way, in any order, has the moments of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import ArgumentError, DtypeError, expected
+
+# Values handled at once on the CPU: the temporaries (float64) then stay in the second-level cache.
+PART = 1 << 16
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64 wherever the device has it: a mean of 1e6 in float32 is only known to 0.03."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    r"""Count, mean and centred sum of squares of each channel.
+
+    .. math:: n = \sum_i w_i, \quad \mu = \frac1n \sum_i w_i x_i, \quad M_2 = \sum_i w_i (x_i - \mu)^2
+
+    with :math:`w_i = 1` unless weights are given. The biased variance (the paper's, Algorithm 1) is
+    :math:`M_2 / n`, the unbiased one :math:`M_2 / (n - 1)`.
+
+    Arguments:
+        count: how many values each channel has, shape (channels,)
+        mean: their mean, shape (channels,), in the unit of the values; 0 where the count is 0
+        m2: sum of squared deviations from the mean, shape (channels,), in the square of that unit
+
+    The tensors are float64 where the device has it, and carry gradients where the values did.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 10.0]])
+    >>> whole = Moments.from_tensor(x)
+    >>> whole.mean, whole.variance()
+    (tensor([ 3., 10.], dtype=torch.float64), tensor([2.6667, 0.0000], dtype=torch.float64))
+    >>> parts = Moments.from_tensor(x[:1]).merge(Moments.from_tensor(x[1:]))
+    >>> torch.equal(parts.m2, whole.m2)
+    True
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(t.shape) for t in (self.count, self.mean, self.m2)]
+        if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+            todo = "Give one value a channel in each."
+            raise ArgumentError(expected("Moments", "three tensors of one shape (channels,)", shapes, todo))
+
+    @property
+    def channels(self) -> int:
+        return self.count.shape[0]
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device | str | None = None) -> Moments:
+        """The moments of no values: merging them changes nothing."""
+        device = torch.get_default_device() if device is None else torch.device(device)
+        zero = torch.zeros(channels, dtype=statistics_dtype(device), device=device)
+        return cls(zero, zero.clone(), zero.clone())
+
+    @classmethod
+    def from_tensor(
+        cls,
+        x: Tensor,
+        channel_dim: int = 1,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Moments:
+        """The moments of ``x`` over every dimension but ``channel_dim``.
+
+        Arguments:
+            x: real floating-point tensor of any rank from 1 up, in any memory layout
+            channel_dim: the dimension that is kept
+            mask: bool, True where a value is present; shape (N,), (N, *spatial) with N the first
+                dimension that is not the channel's, or x's rank and broadcastable to x
+            sample_weight: non-negative frequency weights, in one of the same shapes. A weight of 2 is
+                the sample counted twice, so ``count`` is the sum of the weights and the unbiased
+                variance divides by that sum less one: it is the variance of the data with each sample
+                repeated. (For weights that are precisions, not counts, use the biased one.)
+
+        Absent values are left out whatever they hold, NaN included.
+
+        Raises:
+            DtypeError: x is not real floating point, or the mask is not bool
+            ArgumentError: a mask or weight whose shape fits x in none of the ways above
+        """
+        if not x.is_floating_point():
+            todo = "Convert it first, e.g. x.float()."
+            raise DtypeError(expected("Moments.from_tensor", "a real floating-point tensor", x.dtype, todo))
+        if not -x.dim() <= channel_dim < x.dim():
+            todo = "Name the dimension that holds the channels."
+            invariant = f"channel_dim within the {x.dim()} dimensions of x"
+            raise ArgumentError(expected("Moments.from_tensor", invariant, channel_dim, todo))
+        x = x.unsqueeze(0) if x.dim() == 1 else x.movedim(channel_dim, 1)
+        weight = combine_weights("Moments.from_tensor", x, mask, sample_weight)
+        if mask is not None:
+            present = broadcast_weights("Moments.from_tensor", "mask", x, mask)
+            x = torch.where(present, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return moments_of_view(x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), _flat(weight, x))
+
+    def merge(self, *others: Moments) -> Moments:
+        r"""The moments of all the values together, by Chan's formula
+
+        .. math:: n = \sum_k n_k, \quad \mu = \frac1n \sum_k n_k \mu_k, \quad
+                  M_2 = \sum_k M_{2,k} + \sum_k n_k (\mu_k - \mu)^2
+
+        (Chan, Golub and LeVeque 1979). Empty parts change nothing. Computed in float64 where the
+        device has it.
+        """
+        parts = (self, *others)
+        if len({part.channels for part in parts}) > 1:
+            got = [part.channels for part in parts]
+            todo = "Merge moments of the same layer only."
+            raise ArgumentError(expected("Moments.merge", "one number of channels", got, todo))
+        if not others:
+            return self
+        wide = statistics_dtype(self.count.device)
+        stacked = (torch.stack([getattr(p, name).to(wide) for p in parts]) for name in ("count", "mean", "m2"))
+        return merge_stacked(*stacked)
+
+    def variance(self, biased: bool = True) -> Tensor:
+        """M2/n (biased, what normalization uses) or M2/(n−1) (what running statistics take).
+
+        Shape (channels,), in the square of the values' unit; NaN where there are too few values.
+        """
+        return self.m2 / (self.count if biased else self.count - 1)
+
+    def std(self, biased: bool = True) -> Tensor:
+        """The square root of ``variance``, in the values' unit."""
+        return self.variance(biased).sqrt()
+
+    def detach(self) -> Moments:
+        """The same numbers without their autograd graph."""
+        return Moments(self.count.detach(), self.mean.detach(), self.m2.detach())
+
+    def to(self, *args: object, **kwargs: object) -> Moments:
+        """``torch.Tensor.to`` on each of the three tensors."""
+        count, mean, m2 = (t.to(*args, **kwargs) for t in (self.count, self.mean, self.m2))  # type: ignore[call-overload]
+        return Moments(count, mean, m2)
+
+
+def merge_stacked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
+    """Chan's formula over the first dimension of three tensors of shape (parts, channels)."""
+    total = count.sum(0)
+    mean = torch.where(count > 0, mean, torch.zeros_like(mean))
+    # About the first part's mean, not about zero: parts with equal means then merge to exactly that mean.
+    origin = mean[count.argmax(0), torch.arange(mean.shape[1], device=mean.device)]
+    safe = torch.where(total > 0, total, torch.ones_like(total))
+    whole = origin + (count * (mean - origin)).sum(0) / safe
+    m2 = m2.sum(0) + (count * (mean - whole).square()).sum(0)
+    return Moments(total, whole, m2)
+
+
+def moments_of_view(x: Tensor, weight: Tensor | None = None) -> Moments:
+    """Moments of a tensor seen as (outer, channel, inner), weights broadcastable to it.
+
+    The mean first, then the squares about it, in float64: nothing cancels. On the CPU part by part, so
+    that the float64 copy is never of tensor size.
+    """
+    wide = statistics_dtype(x.device)
+    whole = x.device.type != "cpu" or x.requires_grad or (weight is not None and weight.requires_grad)
+    parts = [(slice(None),) * 3] if whole else list(cut(x.shape))
+    weight = None if weight is None else weight.expand_as(x)
+    found = [_moments_of_part(x[p], None if weight is None else weight[p], wide) for p in parts]
+    if len(found) == 1:
+        return Moments(*found[0])
+    return merge_stacked(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+
+def _moments_of_part(x: Tensor, weight: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.to(wide)
+    shape = (1, -1, 1)
+    if weight is None:
+        count = torch.full((x.shape[1],), float(x.shape[0] * x.shape[2]), dtype=wide, device=x.device)
+        mean = x.sum((0, 2)) / count.clamp(min=1)
+        m2 = (x - mean.view(shape)).square().sum((0, 2))
+    else:
+        weight = weight.to(wide)
+        count = weight.sum((0, 2))
+        safe = torch.where(count > 0, count, torch.ones_like(count))
+        mean = (weight * x).sum((0, 2)) / safe
+        m2 = (weight * (x - mean.view(shape)).square()).sum((0, 2))
+    return count, mean, m2
+
+
+def cut(shape: torch.Size, values: int = PART) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices that cut an (outer, channel, inner) tensor into parts of about ``values`` elements, all channels each."""
+    outer, channels, inner = shape
+    rows = max(1, values // max(1, channels * inner))
+    width = inner if rows > 1 else max(1, values // max(1, channels))
+    for first in range(0, max(outer, 1), rows):
+        for start in range(0, max(inner, 1), max(width, 1)):
+            yield slice(first, first + rows), slice(None), slice(start, start + width)
+
+
+def broadcast_weights(function: str, name: str, x: Tensor, weight: Tensor) -> Tensor:
+    """A mask or weight of a documented shape, with x's rank, broadcastable to x (channels in dimension 1)."""
+    given = tuple(weight.shape)
+    if given != tuple(x.shape):
+        if given == (x.shape[0],):
+            weight = weight.view(-1, *(1,) * (x.dim() - 1))
+        elif given == (x.shape[0], *x.shape[2:]):
+            weight = weight.unsqueeze(1)
+    fits = weight.dim() == x.dim() and all(w in (1, s) for w, s in zip(weight.shape, x.shape, strict=True))
+    if not fits:
+        n, spatial = x.shape[0], tuple(x.shape[2:])
+        invariant = f"{name} of shape {(n,)}, {(n, *spatial)} or broadcastable to {tuple(x.shape)}"
+        raise ArgumentError(expected(function, invariant, given, f"Reshape the {name}."))
+    return weight
+
+
+def combine_weights(function: str, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+    """Mask and weights as one tensor with x's rank: 0 where absent, else the weight (1 without weights)."""
+    if mask is not None and mask.dtype != torch.bool:
+        todo = "Compare it first, e.g. mask != 0; weights go to sample_weight."
+        raise DtypeError(expected(function, "a mask of dtype torch.bool", mask.dtype, todo))
+    present = None if mask is None else broadcast_weights(function, "mask", x, mask)
+    if sample_weight is None:
+        return present
+    weight = broadcast_weights(function, "sample_weight", x, sample_weight)
+    return weight if present is None else torch.where(present, weight, torch.zeros_like(weight))
+
+
+def _flat(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A broadcastable weight beside x.flatten(2): positions in one last dimension."""
+    if weight is None:
+        return None
+    if x.dim() == 2:
+        return weight.unsqueeze(2)
+    return weight.expand(*weight.shape[:2], *x.shape[2:]).flatten(2)

@@ -1,0 +1,252 @@
+"""``BatchNorm1d``, ``BatchNorm2d``, ``BatchNorm3d`` and ``BatchNorm`` for any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm import functional
+from batchnorm.errors import ArgumentError, expected
+from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.kernels.eager import Running, update
+from batchnorm.nn.naming import path_of
+from batchnorm.nn.running import at_least_float32, following
+
+TooFew = Literal["raise", "running"]
+NonFinite = Literal["propagate", "raise", "skip"]
+
+
+class BatchNorm(_BatchNorm):
+    r"""Batch normalization over an input of any rank from 2 up, channels in dimension 1.
+
+    .. math::
+        y = f\Big(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta\Big)
+
+    Mean and variance are taken per channel over every other dimension (Ioffe and Szegedy 2015,
+    Algorithm 1; section 3.2 for convolutions). In training they are the mini-batch's own, with the biased
+    variance, and the running statistics follow with the unbiased one:
+
+    .. math:: \text{running} \leftarrow (1 - \text{momentum})\,\text{running} + \text{momentum}\cdot\text{batch}
+
+    In eval mode the running statistics are used and nothing is changed. Takes the place of
+    ``torch.nn.BatchNorm1d/2d/3d`` argument for argument; checkpoints load strictly both ways.
+
+    Arguments:
+        num_features: channels C of an input of shape (N, C, ...)
+        eps: added to the variance, inside the root
+        momentum: weight of the NEW batch (Keras, Flax: 1 − theirs). None: the cumulative average of all
+            batches since ``reset_running_stats``
+        affine: whether there are ``weight`` γ and ``bias`` β, of shape (C,)
+        track_running_stats: without it there are no buffers and eval mode uses batch statistics too
+        bias: with ``affine``, whether there is a ``bias``
+        activation: None, "relu", "leaky_relu", "silu", "gelu", "sigmoid" or "tanh", applied in the same
+            kernel. With "relu" backward keeps one tensor where two layers keep two
+        negative_slope: of "leaky_relu"
+        too_few: what training does with a batch of one value a channel, which has no variance. "raise":
+            torch's error. "running": that batch is normalized with the running statistics, as in eval
+            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.)
+        nonfinite: what the running statistics do with a batch that holds an Inf or NaN. "propagate":
+            follow it, as torch does, and stay NaN. "skip": it leaves statistics and counter as they were;
+            its output is what it is. "raise": an error that names layer, channels and batch, with nothing
+            changed. Both cost a look at the batch's statistics, on a GPU a synchronization
+
+    Running statistics stay float32 when the model is cast to half precision. A batch without values
+    changes nothing, not even the counter.
+
+    Shape:
+        input (N, C, ...) and output alike; dtype and memory layout are kept
+
+    Raises:
+        ArgumentError (a ValueError), MismatchError, DtypeError or NonFiniteError (RuntimeErrors), see
+        ``batchnorm.functional.batch_norm``. A failed forward changes nothing, the counter included.
+
+    >>> import torch
+    >>> layer = BatchNorm(2, activation="relu")
+    >>> layer(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    tensor([[0.0000, 0.0000],
+            [1.0000, 0.0000]], grad_fn=<BatchNormFunctionBackward>)
+    >>> layer.running_mean, layer.running_var
+    (tensor([0.2000, 0.5000]), tensor([1.1000, 0.9000]))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        too_few: TooFew = "raise",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        name = type(self).__name__
+        _one_of(name, "too_few", too_few, get_args(TooFew))
+        _one_of(name, "nonfinite", nonfinite, get_args(NonFinite))
+        if too_few == "running" and not track_running_stats:
+            todo = 'Track them, or leave too_few="raise".'
+            raise ArgumentError(expected(name, 'running statistics for too_few="running"', "none tracked", todo))
+        self._activation = activation_by_name(activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.too_few: TooFew = too_few
+        self.nonfinite: NonFinite = nonfinite
+        self._widen(self._buffers.copy())
+
+    @property
+    def activation(self) -> str | None:
+        """The name of the function applied after the normalization; may be set."""
+        return None if self._activation.name == "identity" else self._activation.name
+
+    @activation.setter
+    def activation(self, name: str | None) -> None:
+        self._activation = activation_by_name(name, self.negative_slope)
+
+    @property
+    def negative_slope(self) -> float:
+        """The slope of "leaky_relu" below zero."""
+        return self._activation.negative_slope if self.activation == "leaky_relu" else 0.01
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Normalize ``input``; ``residual``, which broadcasts to it, is added before the activation."""
+        self._check_input_dim(input)
+        return self._normalize(input, residual, self.training)
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
+        parameters, buffers = self._parameters, self._buffers
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        functional.check_input(type(self).__name__, input)
+        functional.check_parameters(type(self).__name__, input, weight, bias)
+        if residual is not None:
+            residual = functional.check_residual(input, residual)
+
+        few = input.numel() <= input.shape[1]
+        by_batch = (training and not (few and self.too_few == "running")) or (mean is None and var is None)
+        if not by_batch:
+            functional.check_statistics(input, mean, var, training=False)
+            assert mean is not None and var is not None
+            return functional.run(
+                input, weight, bias, self.eps, population=(mean, var), running=None,
+                activation=self._activation, residual=residual,
+            )  # fmt: skip
+
+        if self.eps <= 0.0:
+            raise ArgumentError(f"batch_norm eps must be positive during training, but got {self.eps}")
+        functional.check_batch_size(input)
+        running = None
+        if training and self.track_running_stats:
+            functional.check_statistics(input, mean, var, training=True)
+            if input.numel() > 0:
+                running = following(mean, var, self.momentum, batches)
+        batch = None
+        if self.nonfinite != "propagate":
+            batch, running = self._checked_statistics(input, running)
+        y = functional.run(
+            input, weight, bias, self.eps, population=None, running=running, batch=batch,
+            activation=self._activation, residual=residual,
+        )  # fmt: skip
+        if running is not None and batches is not None:
+            batches.add_(1)
+        return y
+
+    def _checked_statistics(self, input: Tensor, running: Running | None) -> tuple[Tensor, Running | None]:
+        """The batch's mean and variance, looked at before they reach the running statistics."""
+        found = functional.batch_moments(input.detach())
+        bad = functional.nonfinite_channels(found, running) if input.numel() else []
+        if bad and self.nonfinite == "raise":
+            batches = self._buffers["num_batches_tracked"]
+            path, kind = path_of(self), type(self).__name__
+            where = f"{path} ({kind})" if path else kind
+            functional.raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
+        if bad:
+            running = None
+        if running is not None:
+            update(running, found)
+        return torch.stack((found.mean, found.variance())), running
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ArgumentError(f"expected 2D or higher input (got {input.dim()}D input)")
+
+    def extra_repr(self) -> str:
+        shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self.activation is not None:
+            shown += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            shown += f", negative_slope={self.negative_slope}"
+        if self.too_few != "raise":
+            shown += f", too_few={self.too_few!r}"
+        if self.nonfinite != "propagate":
+            shown += f", nonfinite={self.nonfinite!r}"
+        return shown
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        before = self._buffers.copy()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._widen(before)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        # assign=True hands over the checkpoint's own tensors, which may be bfloat16.
+        self._widen(self._buffers.copy())
+
+    def _widen(self, before: dict[str, Tensor | None]) -> None:
+        """Running statistics in no less than float32, with the digits they had ``before`` a cast."""
+        for name in ("running_mean", "running_var"):
+            now, then = self._buffers[name], before[name]
+            if now is not None and then is not None:
+                self._buffers[name] = at_least_float32(now, then)
+
+
+class BatchNorm1d(BatchNorm):
+    """Batch normalization over an input of shape (N, C) or (N, C, L), see ``BatchNorm``.
+
+    >>> import torch
+    >>> BatchNorm1d(3)(torch.randn(8, 3)).shape
+    torch.Size([8, 3])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 3):
+            raise ArgumentError(f"expected 2D or 3D input (got {input.dim()}D input)")
+
+
+class BatchNorm2d(BatchNorm):
+    """Batch normalization over an input of shape (N, C, H, W), see ``BatchNorm``.
+
+    >>> import torch
+    >>> BatchNorm2d(3)(torch.randn(8, 3, 5, 5)).shape
+    torch.Size([8, 3, 5, 5])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ArgumentError(f"expected 4D input (got {input.dim()}D input)")
+
+
+class BatchNorm3d(BatchNorm):
+    """Batch normalization over an input of shape (N, C, D, H, W), see ``BatchNorm``.
+
+    >>> import torch
+    >>> BatchNorm3d(3)(torch.randn(8, 3, 4, 5, 5)).shape
+    torch.Size([8, 3, 4, 5, 5])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise ArgumentError(f"expected 5D input (got {input.dim()}D input)")
+
+
+def _one_of(function: str, name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(expected(function, f"{name} to be one of {known}", repr(value), "Choose one of them."))

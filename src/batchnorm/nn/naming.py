@@ -1,0 +1,29 @@
+"""The name of a layer inside the model that holds it, for messages."""
+
+from __future__ import annotations
+
+import gc
+
+from torch import nn
+
+
+def path_of(module: nn.Module) -> str:
+    """``layer1.0.bn2`` and the like, found by looking for the modules that hold this one; "" where none does.
+
+    Looks through every live object, so only messages use it.
+    """
+    parents: dict[int, tuple[nn.Module, str]] = {}
+    for candidate in gc.get_objects():
+        if isinstance(candidate, nn.Module):
+            for name, child in candidate._modules.items():
+                if child is not None:
+                    parents.setdefault(id(child), (candidate, name))
+    names: list[str] = []
+    current, seen = module, {id(module)}
+    while id(current) in parents:
+        current, name = parents[id(current)]
+        if id(current) in seen:
+            break
+        seen.add(id(current))
+        names.append(name)
+    return ".".join(reversed(names))
