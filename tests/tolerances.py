@@ -13,11 +13,13 @@ size of the numbers that were added up and not to what is left of them. `tiny` i
     y, dx, dresidual,
     difference           max|reference| if not given. Give it where cancellation makes the result small:
                          max(|weight * x_hat| + |bias| + |residual|) for y and
-                         max|weight * dz / sqrt(var + eps)| for dx (a batch of two values has dx near 0);
-                         for float64 it is also at least |mean|/std.
+                         max|weight * dz / sqrt(var + eps)| for dx (a batch of two values has dx near 0).
     dweight, dbias       must be given: the sum of |terms| for each channel.
     mean, running_mean   must be given: the standard deviation for each channel.
     var, running_var     none: these are relative.
+
+For a float64 input with |mean| > std, multiply every scale but those of the means by |mean|/std: float64 has no
+wider type in which its mean could be held.
 
 A place where z is within rounding of the kink of relu or leaky_relu may take either slope. `silence_kinks`
 sets dy to 0 there, so that such a place cannot decide a test.
