@@ -55,26 +55,18 @@ _Y32 = "x-hi, -lo, 1/std, product and +bias round once each: 5 * 6e-8 = 3e-7; 5e
 _DX32 = "as y, and two more products and sums, each of the size of dz/std: 1e-6; three times that"
 _DZ32 = "dy * act'(z): the noise of z (3e-7 of its size) times |act''| <= 1.1, then one product"
 _SUM32 = "3e-7 for a term; a chain of 4096 float32 additions walks 64 * 6e-8 / 1.7 = 2e-6 of sum|terms|"
-_MEAN32 = (
-    "float32 sums about a shift near the mean, chunks merged in float64: relative to std, not to the mean"
-)
-_VAR32 = (
-    "promised: 1e-6 of the variance at any mean up to 1e6 std; no absolute part, so a constant has variance 0"
-)
+_MEAN32 = "float32 sums about a shift near the mean, chunks merged in float64: relative to std, not to the mean"
+_VAR32 = "promised: 1e-6 of the variance at any mean up to 1e6 std; no absolute part, so a constant has variance 0"
 _HALF = "; then rounded once, half a unit in the last place"
 _RUN = "; the buffer rounds the batch's value and the sum: 2 * 2**-24 of the value"
 
 TABLE: Final[dict[tuple[str, str], Tolerance]] = {
-    ("float64", "y"): Tolerance(
-        0, 1e-12, "some 10 roundings and the order of two sums over up to 1e4 values"
-    ),
+    ("float64", "y"): Tolerance(0, 1e-12, "some 10 roundings and the order of two sums over up to 1e4 values"),
     ("float64", "dx"): Tolerance(0, 1e-12, "as y"),
     ("float64", "dresidual"): Tolerance(0, 1e-12, "as y"),
     ("float64", "dweight"): Tolerance(0, 1e-12, "as y, relative to sum|terms|"),
     ("float64", "dbias"): Tolerance(0, 1e-12, "as y, relative to sum|terms|"),
-    ("float64", "mean"): Tolerance(
-        1e-14, 1e-12, "a sum about a shift; the mean itself is rounded at its own size"
-    ),
+    ("float64", "mean"): Tolerance(1e-14, 1e-12, "a sum about a shift; the mean itself is rounded at its own size"),
     ("float64", "var"): Tolerance(1e-12, 0, "a two-pass sum of squares"),
     ("float64", "running_mean"): Tolerance(1e-14, 1e-12, "as mean, and one update"),
     ("float64", "running_var"): Tolerance(1e-12, 0, "as var, and one update"),
@@ -199,14 +191,10 @@ def assert_not_worse_than_torch(
     expected = _reference(reference)
     ours64, torchs64 = to_float64(ours), to_float64(torchs)
     assert ours64.shape == expected.shape, f"{what} has shape {ours64.shape}, expected {expected.shape}"
-    assert torchs64.shape == expected.shape, (
-        f"{what}: PyTorch's has shape {torchs64.shape}, not {expected.shape}"
-    )
+    assert torchs64.shape == expected.shape, f"{what}: PyTorch's has shape {torchs64.shape}, not {expected.shape}"
     our_error = np.abs(ours64 - expected).max(initial=0.0)
     torch_error = np.abs(torchs64 - expected).max(initial=0.0)
-    assert np.isfinite(torch_error), (
-        f"{what} ({name}): PyTorch's result is not finite and can be no yardstick"
-    )
+    assert np.isfinite(torch_error), f"{what} ({name}): PyTorch's result is not finite and can be no yardstick"
     rounding = UNIT[name] * np.abs(expected).max(initial=0.0)
     assert our_error <= factor * torch_error + rounding, (
         f"{what} ({name}): our largest error is {our_error:.3g}, PyTorch's {torch_error:.3g};"

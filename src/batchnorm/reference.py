@@ -239,9 +239,7 @@ def gradient_var(dx_hat: Array, deviation: Array, var: Array, eps: float) -> Arr
     return sum_over_batch(dx_hat * deviation) * -0.5 * (var + eps) ** -1.5
 
 
-def gradient_mean(
-    dx_hat: Array, dvar: Array, deviation: Array, share: Array, var: Array, eps: float
-) -> Array:
+def gradient_mean(dx_hat: Array, dvar: Array, deviation: Array, share: Array, var: Array, eps: float) -> Array:
     """Third equation: ∂ℓ/∂μ = −Σ ∂ℓ/∂x̂_i / √(σ² + ε) + ∂ℓ/∂σ² · Σ −2 (x_i − μ) / m.
 
     `share` is the paper's 1/m, or w_i/W with weights. The second sum is 0 in a mini-batch, as deviations from
@@ -347,8 +345,7 @@ def unbiased_variance(statistics: Statistics) -> Array:
     m = statistics.m
     if not (m > 1).all():
         raise ValueError(
-            f"unbiased_variance: expected more than 1 value in each channel, got {m.tolist()}. "
-            f"Use larger mini-batches."
+            f"unbiased_variance: expected more than 1 value in each channel, got {m.tolist()}. Use larger mini-batches."
         )
     return m / (m - 1.0) * statistics.var
 
@@ -403,9 +400,7 @@ def running_update(running: Population, batch: Statistics, momentum: float) -> P
     Population(mean=array([0.2]), var=array([1.1]))
     """
     mean, var = np.asarray(running.mean, dtype=np.float64), np.asarray(running.var, dtype=np.float64)
-    return Population(
-        mean + momentum * (batch.mean - mean), var + momentum * (unbiased_variance(batch) - var)
-    )
+    return Population(mean + momentum * (batch.mean - mean), var + momentum * (unbiased_variance(batch) - var))
 
 
 def cumulative_update(running: Population, batch: Statistics, batches_with_this_one: int) -> Population:
