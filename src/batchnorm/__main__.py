@@ -1,0 +1,37 @@
+"""The entry point of ``batchnorm`` and ``python -m batchnorm``: the command line, and what is said when it fails."""
+
+from __future__ import annotations
+
+import sys
+
+from batchnorm.errors import BatchNormError
+
+_TOOLS = ("typer", "rich", "matplotlib", "jinja2", "sklearn")
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exits with 2 and one line on standard error where the request cannot be met: an argument or data of no use, or
+    a package of ``batchnorm[tools]`` that is not installed.
+    """
+    try:
+        from batchnorm.cli import app
+
+        app()
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in _TOOLS:
+            raise
+        _refuse(f"the command line needs {package}, which is not installed: pip install 'batchnorm[tools]'")
+    except BatchNormError as error:
+        _refuse(str(error))
+
+
+def _refuse(why: str) -> None:
+    print(f"batchnorm: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

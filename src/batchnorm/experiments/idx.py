@@ -1,0 +1,94 @@
+"""The IDX format of the MNIST files, read with every promise of the header checked.
+
+A file is a big-endian header and then one unsigned byte a value:
+
+========  =====================  =====================================
+offset    images                 labels
+========  =====================  =====================================
+0         ``00 00 08 03``        ``00 00 08 01`` (magic number: the type
+                                 of a value and the number of dimensions)
+4         number of images       number of labels
+8         rows                   the labels
+12        columns
+16        the pixels, row by row
+========  =====================  =====================================
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.errors import DataError, expected
+
+IMAGES_MAGIC = 0x00000803
+LABELS_MAGIC = 0x00000801
+
+_WHAT = {IMAGES_MAGIC: "images", LABELS_MAGIC: "labels"}
+_READ_AGAIN = "Fetch the file again."
+
+
+def read(path: Path, magic: int) -> NDArray[np.uint8]:
+    """The array in an IDX file of unsigned bytes; a name that ends in ``.gz`` is unpacked on the way.
+
+    Args:
+        path: the file.
+        magic: ``IMAGES_MAGIC`` or ``LABELS_MAGIC``, the number that the file has to start with.
+
+    Returns:
+        Shape (images, rows, columns) or (labels,).
+
+    Raises:
+        DataError: the file cannot be read or unpacked, starts with another magic number, is cut short, or
+            holds more than its header says.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "labels"
+    >>> _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 1, 9]))
+    >>> read(path, LABELS_MAGIC)
+    array([7, 1, 9], dtype=uint8)
+    """
+    dimensions = magic & 0xFF
+    header_bytes = 4 * (1 + dimensions)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(header_bytes)
+            if len(header) < header_bytes:
+                raise _cut_short(path, f"a header of {header_bytes} bytes", f"{len(header)} bytes")
+            found, *shape = struct.unpack(f">{1 + dimensions}I", header)
+            if found != magic:
+                raise DataError(
+                    expected(
+                        "idx.read",
+                        f"magic number 0x{magic:08x} ({_WHAT[magic]}) at the start of {path}",
+                        f"0x{found:08x}",
+                        f"Check that it is an IDX file of {_WHAT[magic]} and not another of the four.",
+                    )
+                )
+            size = math.prod(shape)
+            # One byte more than promised, so that a longer file is noticed without reading all of it; and what
+            # is allocated is what the file holds, however large a damaged header claims it to be.
+            values = file.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(expected("idx.read", f"a readable file at {path}", _reason(error), _READ_AGAIN)) from error
+    described = f"{' x '.join(map(str, shape))} = {size} values"
+    if len(values) < size:
+        raise _cut_short(path, described, f"{len(values)}")
+    if len(values) > size:
+        raise DataError(expected("idx.read", f"{described} in {path}, as its header says", "more", _READ_AGAIN))
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _cut_short(path: Path, promised: str, found: str) -> DataError:
+    return DataError(expected("idx.read", f"{promised} in {path}", found, f"It is cut short. {_READ_AGAIN}"))
+
+
+def _reason(error: BaseException) -> str:
+    """The bare reason: an OSError's own text would repeat the path."""
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,51 @@
+"""The report of an experiment as one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from batchnorm.report.metrics import Metrics
+from batchnorm.report.table import headline, tables
+
+
+def page(metrics: Metrics, figure_svg: bytes) -> str:
+    """The report of section 4.1 as HTML, the figure inside it.
+
+    Args:
+        metrics: of the experiment.
+        figure_svg: ``figure_1(metrics)["svg"]``.
+    """
+    environment = Environment(
+        loader=PackageLoader("batchnorm.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("mnist.html.j2").render(
+        metrics=metrics,
+        headline=headline(metrics),
+        tables=tables(metrics),
+        figure=base64.b64encode(figure_svg).decode("ascii"),
+        first_run=metrics["runs"][0],
+        reached=min(run["steps"][-1] for run in metrics["runs"]),
+        command=_command(metrics),
+    )
+
+
+def _command(metrics: Metrics) -> str:
+    """What to type to run it again."""
+    settings = metrics["settings"]
+    options = {
+        "--data": metrics["data"]["source"],
+        "--steps": settings["steps"],
+        "--lr": settings["learning_rate"],
+        "--weight-std": settings["weight_std"],
+        "--seed": settings["seeds"][0],
+        "--seeds": len(settings["seeds"]),
+        "--threads": settings["threads"],
+    }
+    return shlex.join(["batchnorm", "reproduce", *(word for pair in options.items() for word in map(str, pair))])

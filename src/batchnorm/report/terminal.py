@@ -1,0 +1,110 @@
+"""The course and the results of an experiment on a terminal, or as plain lines where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from batchnorm.report.metrics import Metrics
+from batchnorm.report.table import headline, tables
+
+# Called with the seed, the step reached and both test accuracies.
+OnProgress = Callable[[int, int, float, float], None]
+
+_LINES_A_RUN = 10
+
+
+class Terminal:
+    """Where an experiment speaks: results and course on one console, complaints on another.
+
+    Args:
+        results: usually standard output.
+        complaints: usually standard error.
+        quiet: plain lines even on a terminal.
+    """
+
+    def __init__(self, results: Console, complaints: Console, *, quiet: bool = False) -> None:
+        self._results = results
+        self._complaints = complaints
+        self.plain = quiet or not results.is_terminal
+
+    def progress(self, steps: int, seeds: int) -> AbstractContextManager[OnProgress]:
+        """A bar, or some lines a run, for ``seeds`` runs of ``steps`` steps."""
+        return self._lines(steps) if self.plain else self._bar(steps, seeds)
+
+    def show(self, metrics: Metrics) -> None:
+        """The headline and the tables."""
+        if self.plain:
+            for table in tables(metrics):
+                self.say(f"{table.caption}:")
+                for row in table.rows:
+                    cells = (f"{head} {cell}" for head, cell in zip(table.heads[1:], row[1:], strict=True))
+                    self.say(f"  {row[0]}: {'; '.join(cells)}")
+        else:
+            for table in tables(metrics):
+                self._results.print(_rich(table.caption, table.heads, table.rows))
+        self.say(headline(metrics))
+
+    def say(self, text: str) -> None:
+        """A line among the results, as it is: no markup, no wrapping."""
+        self._results.print(Text(text), soft_wrap=True)
+
+    def complain(self, text: str) -> None:
+        """A line among the complaints."""
+        self._complaints.print(Text(text), soft_wrap=True)
+
+    @contextmanager
+    def _bar(self, steps: int, seeds: int) -> Iterator[OnProgress]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("test accuracy [bold]{task.fields[normalized]}[/] with, {task.fields[without]} without"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._results, expand=True) as bar:
+            task = bar.add_task("training", total=steps * seeds, normalized="–", without="–")
+            begun: list[int] = []
+
+            def update(seed: int, step: int, plain: float, normalized: float) -> None:
+                if seed not in begun:
+                    begun.append(seed)
+                bar.update(
+                    task,
+                    description=f"seed {seed}",
+                    completed=(len(begun) - 1) * steps + step,
+                    normalized=f"{100 * normalized:.1f} %",
+                    without=f"{100 * plain:.1f} %",
+                )
+
+            yield update
+
+    @contextmanager
+    def _lines(self, steps: int) -> Iterator[OnProgress]:
+        due: dict[int, int] = {}  # the next step of each seed that is worth a line
+
+        def update(seed: int, step: int, plain: float, normalized: float) -> None:
+            apart = max(steps // _LINES_A_RUN, 1)
+            if step >= due.setdefault(seed, apart) or step == steps:
+                due[seed] = (step // apart + 1) * apart
+                self.say(
+                    f"seed {seed}, step {step:,} of {steps:,}: test accuracy {100 * normalized:.1f} % with, "
+                    f"{100 * plain:.1f} % without"
+                )
+
+        yield update
+
+
+def _rich(caption: str, heads: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> RichTable:
+    table = RichTable(title=Text(caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    for position, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if position else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
