@@ -119,7 +119,7 @@ def weights_of(x: Array, mask: Any = None, sample_weight: Any = None) -> Array:
 
 def present_only(values: Any, x: Array, mask: Any = None) -> Array:
     """`values` in float64 with 0 in the place of what is absent, so that a NaN there goes no further."""
-    array = np.broadcast_to(np.asarray(values, dtype=np.float64), x.shape)
+    array = np.array(np.broadcast_to(values, x.shape), dtype=np.float64)
     return array if mask is None else np.where(places(mask, x) != 0, array, 0.0)
 
 

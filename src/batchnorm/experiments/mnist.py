@@ -122,16 +122,16 @@ class Point:
 
 
 def recorded_steps(steps: int) -> list[int]:
-    """The steps at which to record: close together at first, then every hundredth of the run.
+    """The steps at which to record: close together at first, then every fiftieth of the run.
 
-    Apart by a tenth of the step reached, until that is more than a hundredth of the whole; the ends are among them.
+    Apart by a tenth of the step reached, until that is more than a fiftieth of the whole; the ends are among them.
 
     >>> recorded_steps(20)
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     >>> len(recorded_steps(50_000))
-    149
+    129
     """
-    widest = max(steps // 100, 1)
+    widest = max(steps // 50, 1)
     recorded = [0]
     while recorded[-1] < steps:
         recorded.append(min(recorded[-1] + min(max(recorded[-1] // 10, 1), widest), steps))

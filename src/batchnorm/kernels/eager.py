@@ -5,9 +5,10 @@ The functions of a kernel, over a tensor of any rank with channels in dimension 
 stays in cache. Three points keep the digits:
 
 - mean and variance are float64, found mean first and squares about it after (``moments.py``);
-- x − mean takes the mean as a float32 high part and a float32 remainder: (x − hi) − lo. Near the mean the
-  first difference is exact, so a mean of 1e6 costs nothing;
-- the result is (x − mean)·a + bias and never x·a + (bias − mean·a): a constant channel gives its bias exactly.
+- x − mean takes the mean as a float32 high part and a remainder. Near the mean x − hi is exact, so a mean of
+  1e6 costs nothing;
+- the result is (x − hi)·a + (bias − lo·a) and never x·a + (bias − mean·a): a constant channel, whose mean is
+  itself a float32, gives its bias exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.moments import Moments, cut, moments_of_view, statistics_dtype
+from batchnorm.moments import Moments, Room, cut, moments_of_view, statistics_dtype
 
 NAME = "eager"
 
@@ -66,6 +67,7 @@ def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | No
     return moments_of_view(torch.where(seen.view(mask), view, zero), seen.view(weight))
 
 
+@torch.no_grad()
 def normalize(
     x: Tensor,
     mean: Tensor,
@@ -86,20 +88,29 @@ def normalize(
     seen = layout.of(x)
     y = seen.empty(x) if out is None else out
     view, result = seen.view(x), seen.view(y)
-    detached = result.data_ptr() != y.data_ptr()  # out's strides did not allow a view: fill a copy, then hand it over
     more, present = _view(seen, residual), _view(seen, mask)
     affine = _Affine.of(x, mean, var, eps, weight, bias)
+    room = Room(x.device, affine.a.dtype)
     for part in _parts(view):
-        z = affine.scaled(view[part])
+        into = result[part]
+        z = affine.scaled(view[part], into if into.dtype == affine.a.dtype else room.like(into))
         if more is not None:
-            z = z + more[part]
-        z = activation(z)
-        result[part] = z if present is None else z.masked_fill(~present[part], 0)
-    if detached:
+            z.add_(more[part])
+        if activation.name == "relu":
+            z.relu_()
+        elif activation.name != "identity":
+            z = activation(z)
+        if present is not None:
+            z = z.masked_fill_(~present[part], 0)
+        if z is not into:
+            into.copy_(z)
+    if result.data_ptr() != y.data_ptr():
+        # out's strides allowed no such view: a copy was filled.
         y.copy_(_unview(seen, result))
     return y
 
 
+@torch.no_grad()
 def backward_sums(
     dy: Tensor,
     x: Tensor,
@@ -124,14 +135,16 @@ def backward_sums(
     sum_dz_centred = torch.zeros_like(sum_dz)
     for part in _parts(sweep.x):
         dz, centred = sweep.gradient(part)
-        sum_dz += dz.to(wide).sum((0, 2))
-        product = dz * centred
+        sum_dz += dz.sum((0, 2))
+        centred.mul_(dz)
         if sweep.present is not None:
-            product = product.masked_fill(~sweep.present[part], 0)
-        sum_dz_centred += product.to(wide).sum((0, 2))
+            centred.masked_fill_(~sweep.present[part], 0)
+        sum_dz_centred += centred.sum((0, 2))
+    sum_dz_centred -= sweep.affine.lo * sum_dz
     return sum_dz, sum_dz_centred * torch.rsqrt(var.to(wide) + eps)
 
 
+@torch.no_grad()
 def backward_input(
     dy: Tensor,
     x: Tensor,
@@ -163,8 +176,9 @@ def backward_input(
     if sums is not None:
         wide = mean.dtype
         invstd = torch.rsqrt(var.to(wide) + eps)
-        constant = _per_channel(sums[0] / count, a.dtype)
-        slope = _per_channel(sums[1] * invstd / count, a.dtype)
+        per_unit = sums[1] * invstd / count
+        slope = _per_channel(per_unit, a.dtype)
+        constant = _per_channel(sums[0] / count - sweep.affine.lo * per_unit, a.dtype)
     for part in _parts(sweep.x):
         dz, centred = sweep.gradient(part)
         if dresidual_view is not None:
@@ -172,16 +186,17 @@ def backward_input(
         if dx_view is None:
             continue
         if sums is not None:
-            through_statistics = torch.addcmul(constant, centred, slope)
+            through_statistics = centred.mul_(slope).add_(constant)
             if weights is not None:
-                through_statistics = through_statistics * weights[part].to(a.dtype)
+                through_statistics.mul_(weights[part])
             if sweep.present is not None:
-                through_statistics = through_statistics.masked_fill(~sweep.present[part], 0)
-            dz = dz - through_statistics
-        dx_view[part] = dz * a
+                through_statistics.masked_fill_(~sweep.present[part], 0)
+            dz = torch.sub(dz, through_statistics, out=centred)
+        torch.mul(dz, a, out=dx_view[part]) if dx_view.dtype == a.dtype else dx_view[part].copy_(dz * a)
     return dx, dresidual
 
 
+@torch.no_grad()
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -305,33 +320,39 @@ def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Te
 
 
 class _Affine(NamedTuple):
-    """Scale and shift of each channel in the precision that the values are computed in, shape (1, channels, 1)."""
+    """Scale and shift of each channel: y = (x − hi)·a + shift, in the precision the values are computed in.
 
-    hi: Tensor
-    lo: Tensor | None  # what float32 leaves of the mean; None where hi is the whole of it
+    What float32 leaves of the mean, lo = mean − hi, is the same for all values of a channel, so it goes into
+    the shift (bias − lo·a) and costs no pass over the values.
+    """
+
+    hi: Tensor  # (1, channels, 1), as a and shift
     a: Tensor
-    bias: Tensor
+    shift: Tensor
+    lo: Tensor  # (channels,), float64 where the device has it
 
     @staticmethod
     def of(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> _Affine:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        hi = _per_channel(mean, dtype)
-        lo = None if mean.dtype == dtype else _per_channel(mean - hi.view(-1).to(mean.dtype), dtype)
-        wide = torch.promote_types(var.dtype, mean.dtype)
-        if x.device.type != "mps":
-            wide = torch.float64
+        wide = statistics_dtype(x.device)
+        hi = mean.to(dtype)
+        lo = mean.to(wide) - hi.to(wide)
         a = torch.rsqrt(var.to(wide) + eps)
         if weight is not None:
             a = a * weight.to(wide)
-        shift = torch.zeros_like(mean) if bias is None else bias
-        return _Affine(hi, lo, _per_channel(a, dtype), _per_channel(shift, dtype))
+        # An infinite mean has no remainder: inf − inf would turn the infinity of y into a NaN it is not.
+        shift = -torch.where(torch.isfinite(lo), lo * a, torch.zeros_like(lo))
+        if bias is not None:
+            shift = shift + bias.to(wide)
+        return _Affine(_per_channel(hi, dtype), _per_channel(a, dtype), _per_channel(shift, dtype), lo)
 
-    def centred(self, x: Tensor) -> Tensor:
-        difference = x - self.hi
-        return difference if self.lo is None else difference - self.lo
+    def centred(self, x: Tensor, out: Tensor) -> Tensor:
+        """x − hi."""
+        return torch.sub(x, self.hi, out=out)
 
-    def scaled(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, self.centred(x), self.a)
+    def scaled(self, x: Tensor, out: Tensor) -> Tensor:
+        # Not one addcmul: with two factors to broadcast it takes a slow path; three passes in cache do not.
+        return torch.sub(x, self.hi, out=out).mul_(self.a).add_(self.shift)
 
 
 class _Sweep(NamedTuple):
@@ -345,6 +366,7 @@ class _Sweep(NamedTuple):
     y: Tensor | None
     activation: Activation
     present: Tensor | None
+    room: Room
 
     @staticmethod
     def of(
@@ -355,20 +377,21 @@ class _Sweep(NamedTuple):
         return _Sweep(
             seen, seen.view(dy), seen.view(x), _Affine.of(x, mean, var, eps, weight, bias),
             _view(seen, residual), _view(seen, y), activation, _view(seen, mask),
+            Room(x.device, torch.promote_types(x.dtype, torch.float32)),
         )  # fmt: skip
 
     def gradient(self, part: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
-        """dz = dy·activation'(z), 0 where absent, and x − mean."""
-        centred = self.affine.centred(self.x[part])
-        dz = self.dy[part].to(centred.dtype)
+        """dz = dy·activation'(z), 0 where absent, and x − hi in memory that the caller may overwrite."""
+        x, dtype = self.x[part], self.affine.a.dtype
+        dz = self.dy[part].to(dtype)
         if self.y is not None:
             dz = self.activation.backward(dz, self.y[part])
         elif self.activation.name != "identity":
-            z = torch.addcmul(self.affine.bias, centred, self.affine.a)
-            dz = self.activation.backward(dz, z if self.residual is None else z + self.residual[part])
+            z = self.affine.scaled(x, self.room.like(x))
+            dz = self.activation.backward(dz, z if self.residual is None else z.add_(self.residual[part]))
         if self.present is not None:
             dz = dz.masked_fill(~self.present[part], 0)
-        return dz, centred
+        return dz, self.affine.centred(x, self.room.like(x))
 
 
 def _per_channel(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,9 @@ SAMPLE_WEIGHT               float64 (outer, inner), dense, or 0
 SCRATCH                     float64 workspace; each family's ``scratch`` function says how many values
 EPS, FACTOR, SLOPE          float64: eps; weight of the new batch in the running update; slope of the leaky
                             relu
-COUNT                       float64: how many values a channel has over all parts; read by backward_input
+COUNT                       float64, read by backward and backward_input: how many values a channel has over all
+                            parts; 0: those of this tensor (backward only); inf: evaluation, the statistics are
+                            constants and dx = a * dz
 ==========================  ================================================================================
 """
 
