@@ -1,0 +1,170 @@
+"""The arithmetic of one channel, in float64: merging partial moments, finishing statistics, coefficients.
+
+Normalization is ``z = (x - hi) * a + b`` with hi = mean rounded to the computing type, a = weight / sqrt(var + eps)
+rounded once, and b = bias - (mean - hi) * a in float64, rounded once: the low part of the mean goes into the bias.
+A constant channel gives exactly the bias (mean = hi), and a mean of 1e6 costs no digits, since x - hi is exact for x
+near it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import float64, njit
+
+from batchnorm.kernels.cpu import block as slots
+from batchnorm.kernels.cpu.scalars import FLOAT64, load, load_channel, pointer, real, slot_float, store, store_channel
+from batchnorm.kernels.cpu.vectors import item_bytes, lanes, vmul, vwhere_positive, vzeros
+
+
+def plain(function: Any) -> Any:
+    """Compile for use in kernels: no Python errors, no reordering; inlined by LLVM where it pays."""
+    return njit(error_model="numpy", fastmath={"contract", "nsz"})(function)
+
+
+def inlined(function: Any) -> Any:
+    """Like plain, and always inlined."""
+    return njit(error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)(function)
+
+
+@plain
+def merge(count, mean, m2, count_b, mean_b, m2_b):  # type: ignore[no-untyped-def]
+    """Chan's formula: the moments of two parts together. Inf and NaN give the mean that plain sums would give."""
+    if count == 0.0:
+        return count_b, mean_b, m2_b
+    if count_b == 0.0:
+        return count, mean, m2
+    total = count + count_b
+    delta = mean_b - mean
+    if math.isfinite(delta):
+        mean += delta * (count_b / total)
+    else:
+        mean += mean_b
+    return total, mean, m2 + m2_b + delta * delta * (count * (count_b / total))
+
+
+@plain
+def write_moments(block, channel, count, mean, m2):  # type: ignore[no-untyped-def]
+    """STATS of the moments kernel: (3, channels) count, mean, m2."""
+    channels = block[slots.CHANNELS]
+    stats = pointer(block[slots.STATS], FLOAT64)
+    store(stats, channel, count)
+    store(stats, channels + channel, mean)
+    store(stats, 2 * channels + channel, m2)
+
+
+@plain
+def finish_statistics(block, channel, count, mean, m2):  # type: ignore[no-untyped-def]
+    """STATS of the forward kernel, (2, channels) mean and biased variance, and the running update. Gives the variance."""
+    var = m2 / count
+    stats = pointer(block[slots.STATS], FLOAT64)
+    store(stats, channel, mean)
+    store(stats, block[slots.CHANNELS] + channel, var)
+    factor = slot_float(block, slots.FACTOR)
+    code = block[slots.RUNNING_DTYPE]
+    address = block[slots.RUNNING_MEAN]
+    if address != 0:
+        old = load_channel(address, code, channel)
+        store_channel(address, code, channel, old + factor * (mean - old))
+    address = block[slots.RUNNING_VAR]
+    if address != 0:
+        old = load_channel(address, code, channel)
+        store_channel(address, code, channel, old + factor * (m2 / (count - 1.0) - old))
+    return var
+
+
+@plain
+def read_statistics(block, channel):  # type: ignore[no-untyped-def]
+    """mean and var of the slots MEAN and VAR."""
+    code = block[slots.STATISTICS_DTYPE]
+    return load_channel(block[slots.MEAN], code, channel), load_channel(block[slots.VAR], code, channel)
+
+
+@plain
+def read_weight(block, channel):  # type: ignore[no-untyped-def]
+    """weight, or 1 where there is none."""
+    address = block[slots.WEIGHT]
+    return 1.0 if address == 0 else load_channel(address, block[slots.PARAMETER_DTYPE], channel)
+
+
+@plain
+def read_bias(block, channel):  # type: ignore[no-untyped-def]
+    """bias, or 0 where there is none."""
+    address = block[slots.BIAS]
+    return 0.0 if address == 0 else load_channel(address, block[slots.PARAMETER_DTYPE], channel)
+
+
+@plain
+def center(mean, element):  # type: ignore[no-untyped-def]
+    """The mean as (hi, low): hi in the computing type, low = mean - hi in float64."""
+    hi = real(element, mean)
+    low = mean - float64(hi)
+    return hi, low if math.isfinite(low) else 0.0
+
+
+@plain
+def coefficients(block, channel, mean, var, element):  # type: ignore[no-untyped-def]
+    """(hi, a, b) of the normalization above, in the computing type."""
+    hi, low = center(mean, element)
+    a = real(element, read_weight(block, channel) / math.sqrt(var + slot_float(block, slots.EPS)))
+    return hi, a, real(element, read_bias(block, channel) - low * float64(a))
+
+
+@plain
+def finish_sums(block, channel, mean, var, sum_dz, sum_dz_d, element):  # type: ignore[no-untyped-def]
+    """From the sums of dz and dz * (x - hi): the sum of dz * x_hat; writes SUMS, dbias and dweight where wanted."""
+    _, low = center(mean, element)
+    sum_dz_xhat = (sum_dz_d - low * sum_dz) / math.sqrt(var + slot_float(block, slots.EPS))
+    if block[slots.SUMS] != 0:
+        sums = pointer(block[slots.SUMS], FLOAT64)
+        store(sums, channel, sum_dz)
+        store(sums, block[slots.CHANNELS] + channel, sum_dz_xhat)
+    code = block[slots.PARAMETER_DTYPE]
+    if block[slots.DBIAS] != 0:
+        store_channel(block[slots.DBIAS], code, channel, sum_dz)
+    if block[slots.DWEIGHT] != 0:
+        store_channel(block[slots.DWEIGHT], code, channel, sum_dz_xhat)
+    return sum_dz_xhat
+
+
+@plain
+def gradient_coefficients(block, channel, mean, var, sum_dz, sum_dz_xhat, count, element):  # type: ignore[no-untyped-def]
+    """(A, B, D) of dx = A * dz + B * (x - hi) + D; B = D = 0 where the count is infinite (evaluation)."""
+    _, low = center(mean, element)
+    invstd = 1.0 / math.sqrt(var + slot_float(block, slots.EPS))
+    by_dz = read_weight(block, channel) * invstd
+    if math.isinf(count):
+        return real(element, by_dz), real(element, 0.0), real(element, 0.0)
+    by_x = -by_dz * invstd * (sum_dz_xhat / count)
+    constant = -by_dz * (sum_dz / count) - by_x * low
+    return real(element, by_dz), real(element, by_x), real(element, constant)
+
+
+@plain
+def may_stream(block, address, outer, step, element):  # type: ignore[no-untyped-def]
+    """Whether STREAM is set and all rows of an output begin where a whole vector may be stored around the cache."""
+    if block[slots.STREAM] == 0:
+        return False
+    item = item_bytes(element)
+    return (address | outer * item | step * item) & (lanes(element) * item - 1) == 0
+
+
+@inlined
+def activated(z, activation, slope):  # type: ignore[no-untyped-def]
+    """The activation of a vector; relu(NaN) is NaN, relu(-inf) is 0."""
+    if activation == slots.RELU:
+        z = vwhere_positive(z, z, vzeros(z))
+    elif activation == slots.LEAKY_RELU:
+        z = vwhere_positive(z, z, vmul(z, slope))
+    return z
+
+
+@inlined
+def gated(dy, z, activation, slope):  # type: ignore[no-untyped-def]
+    """dz = dy * activation'(z) of a vector; z may also be the activation's result, which has the same sign."""
+    if activation == slots.RELU:
+        dy = vwhere_positive(z, dy, vzeros(dy))
+    elif activation == slots.LEAKY_RELU:
+        dy = vwhere_positive(z, dy, vmul(dy, slope))
+    return dy
