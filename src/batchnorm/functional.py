@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from batchnorm import kernels
-from batchnorm.autograd import BatchNormFunction, Call
+from batchnorm.autograd import BatchNormFunction, Call, operators
 from batchnorm.errors import ArgumentError, DtypeError, MismatchError, NonFiniteError, expected
 from batchnorm.kernels import eager
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.eager import Running
+from batchnorm.kernels.eager import Running, update
 from batchnorm.moments import Moments, broadcast_weights, combine_weights
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -132,6 +133,10 @@ def run(
     ``population`` gives the statistics of inference, ``batch`` those of training where they were already
     found (mean and biased variance, (2, channels)); with neither they are found here and ``running`` follows.
     """
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return run_traced(
+            x, weight, bias, eps, population, running, activation, residual, mask, sample_weight, batch, out
+        )
     kernel = kernels.choose(x, activation=activation, mask=mask, sample_weight=sample_weight)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, sample_weight):
         call = Call(kernel, eps, activation, mask, population, batch, running)
@@ -147,6 +152,36 @@ def run(
         return y
     mean, var = population if population is not None else (batch[0], batch[1])  # type: ignore[index]
     y = kernel.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask, out=out)
+    return y
+
+
+def run_traced(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    population: tuple[Tensor, Tensor] | None,
+    running: Running | None,
+    activation: Activation,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    batch: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """``run`` where a compiler looks on: the same by operators it can record."""
+    options = (eps, activation.name, activation.negative_slope)
+    if batch is not None:
+        population = (batch[0], batch[1])
+    if population is not None:
+        y: Tensor = operators.infer(x, *population, weight, bias, residual, mask, *options)
+        return y if out is None else out.copy_(y)
+    y, stats = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
+    if running is not None:
+        count = eager.count_of(x, mask, sample_weight)
+        if not isinstance(count, Tensor):
+            count = torch.full_like(stats[0], count)
+        update(running, Moments(count, stats[0], stats[1] * count))
     return y
 
 

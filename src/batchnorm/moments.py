@@ -207,7 +207,8 @@ def _narrow_moments(x: Tensor) -> Moments:
         sum_d += d.sum((0, 2), dtype=summed)
         sum_dd += d.mul_(d).sum((0, 2), dtype=summed)
     mean = shift.to(wide) + sum_d / count
-    return Moments(torch.full_like(total, count), mean, sum_dd - sum_d.square() / count)
+    # Not below 0, where rounding could carry the difference of a constant channel.
+    return Moments(torch.full_like(total, count), mean, (sum_dd - sum_d.square() / count).clamp_(min=0))
 
 
 class Room:
@@ -233,15 +234,20 @@ def _wide_moments(x: Tensor, weight: Tensor | None) -> Moments:
     shape = (1, -1, 1)
     if weight is None:
         count = torch.full((x.shape[1],), float(x.shape[0] * x.shape[2]), dtype=x.dtype, device=x.device)
-        mean = x.sum((0, 2)) / count.clamp(min=1)
-        m2 = (x - mean.view(shape)).square().sum((0, 2))
     else:
         weight = weight.to(x.dtype)
         count = weight.sum((0, 2))
-        safe = torch.where(count > 0, count, torch.ones_like(count))
-        mean = (weight * x).sum((0, 2)) / safe
-        m2 = (weight * (x - mean.view(shape)).square()).sum((0, 2))
+    safe = torch.where(count > 0, count, torch.ones_like(count))
+    mean = _weighted(x, weight).sum((0, 2)) / safe
+    # Once more about itself: the sum's rounding goes, and a constant channel has exactly its value as the mean.
+    rest = _weighted(x - mean.view(shape), weight).sum((0, 2)) / safe
+    mean = mean + torch.where(torch.isfinite(rest), rest, torch.zeros_like(rest))
+    m2 = _weighted((x - mean.view(shape)).square(), weight).sum((0, 2))
     return Moments(count, mean, m2)
+
+
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight
 
 
 def cut(shape: torch.Size, values: int = PART) -> Iterator[tuple[slice, slice, slice]]:

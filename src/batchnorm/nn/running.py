@@ -21,7 +21,12 @@ def following(
         return None
     if momentum is not None:
         return Running(mean, var, momentum)
-    return Running(mean, var, 0.0 if batches is None else 1.0 / (int(batches) + 1))
+    if batches is None:
+        return Running(mean, var, 0.0)
+    if torch.compiler.is_compiling():
+        # A tensor, not its value: reading that would end the compiled graph here.
+        return Running(mean, var, 1.0 / (batches + 1).to(mean.dtype))
+    return Running(mean, var, 1.0 / (int(batches) + 1))
 
 
 def at_least_float32(buffer: Tensor, before: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""The operators that ``torch.compile``, ``torch.export`` and fake tensors see.
+
+A compiler cannot look into a kernel, so it gets an operator with a schema, a function that tells the shapes
+of its results, and a backward. None of them changes its arguments: running statistics are updated outside, in
+operations that the compiler can order. In eager mode nothing of this is called.
+
+Backward is an operator of its own without a derivative: differentiating it again raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import kernels
+from batchnorm.kernels import layout
+from batchnorm.kernels.activations import Activation
+from batchnorm.kernels.eager import Needs
+from batchnorm.moments import statistics_dtype
+
+
+@torch.library.custom_op("batchnorm::train", mutates_args=())
+def train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    """y, and the batch's mean and biased variance, (2, channels)."""
+    act = Activation(activation, negative_slope)
+    kernel = kernels.choose(x, activation=act, mask=mask, sample_weight=sample_weight)
+    y, stats = kernel.forward(
+        x, weight, bias, eps, residual=residual, activation=act, mask=mask, sample_weight=sample_weight
+    )
+    return y, stats
+
+
+@train.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return layout.of(x).empty(x), x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+
+
+@torch.library.custom_op("batchnorm::infer", mutates_args=())
+def infer(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """y by the given mean and variance."""
+    act = Activation(activation, negative_slope)
+    kernel = kernels.choose(x, activation=act, mask=mask)
+    y: Tensor = kernel.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=act, mask=mask)
+    return y
+
+
+@infer.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return layout.of(x).empty(x)
+
+
+@torch.library.custom_op("batchnorm::backward", mutates_args=())
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    training: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the residual's gradient; without elements where not needed."""
+    act = Activation(activation, negative_slope)
+    kernel = kernels.choose(x, activation=act, mask=mask, sample_weight=sample_weight)
+    grads = kernel.backward(
+        dy, x, mean, var, eps, weight, bias, training=training, residual=residual, y=y, activation=act, mask=mask,
+        sample_weight=sample_weight, needs=Needs(*needs),
+    )  # fmt: skip
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dweight, dbias, dresidual
+
+
+@backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    training: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seen = layout.of(x)
+    return (
+        seen.empty(x) if needs[0] else x.new_empty(0),
+        torch.empty_like(weight) if needs[1] and weight is not None else x.new_empty(0),
+        torch.empty_like(bias) if needs[2] and bias is not None else x.new_empty(0),
+        seen.empty(x) if needs[3] else x.new_empty(0),
+    )
+
+
+def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, residual, mask, sample_weight, *options = inputs
+    y, stats = output
+    ctx.mark_non_differentiable(stats)
+    activation = Activation(*options[1:])
+    sign_of_y = activation.sign_survives and residual is not None
+    keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
+    ctx.save_for_backward(
+        x, weight, bias, residual if keep_residual else None, y if sign_of_y else None, mask, sample_weight, stats
+    )
+    ctx.options = options
+    ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
+
+
+def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual, y, mask, sample_weight, stats = ctx.saved_tensors
+    if sample_weight is not None and sample_weight.requires_grad:
+        raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")
+    grads = backward(
+        dy, x, stats[0], stats[1], weight, bias, residual, y, mask, sample_weight, *ctx.options, True, list(ctx.needs)
+    )
+    return (*_kept(grads, ctx.needs), None, None, None, None, None)
+
+
+def _save_infer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, var, weight, bias, residual, mask, *options = inputs
+    activation = Activation(*options[1:])
+    sign_of_y = activation.sign_survives
+    keep_x = _asks(weight) or not (activation.name == "identity" or sign_of_y)
+    keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
+    # Copies: the running statistics may move on before backward.
+    ctx.save_for_backward(
+        x if keep_x else None, weight, bias, residual if keep_residual else None, output if sign_of_y else None, mask,
+        mean.clone(), var.clone(),
+    )  # fmt: skip
+    ctx.options = options
+    ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
+
+
+def _differentiate_infer(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
+    # Frozen: the gradient looks at dy and at the sign of y, never at the values of x.
+    x = dy if x is None else x
+    grads = backward(dy, x, mean, var, weight, bias, residual, y, mask, None, *ctx.options, False, list(ctx.needs))
+    dx, dweight, dbias, dresidual = _kept(grads, ctx.needs)
+    return (dx, None, None, dweight, dbias, dresidual, None, None, None, None)
+
+
+train.register_autograd(_differentiate_train, setup_context=_save_train)
+infer.register_autograd(_differentiate_infer, setup_context=_save_infer)
+
+
+def _asks(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad
+
+
+def _kept(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
