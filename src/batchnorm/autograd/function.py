@@ -97,7 +97,7 @@ class BatchNormFunction(torch.autograd.Function):
             # Inference, frozen: the gradient looks at dy and at the sign of y, never at the values of x.
             x = dy
         grads = call.kernel.backward(
-            dy, x, stats[0], stats[1], call.eps, weight, bias, training=training, residual=residual, y=y,
+            dy, x, stats, call.eps, weight, bias, training=training, residual=residual, y=y,
             activation=call.activation, mask=call.mask, sample_weight=sample_weight, needs=needs,
         )  # fmt: skip
         return (*grads, None, None)

@@ -76,8 +76,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -94,7 +93,7 @@ def backward(
     act = Activation(activation, negative_slope)
     kernel = kernels.choose(x, activation=act, mask=mask, sample_weight=sample_weight)
     grads = kernel.backward(
-        dy, x, mean, var, eps, weight, bias, training=training, residual=residual, y=y, activation=act, mask=mask,
+        dy, x, stats, eps, weight, bias, training=training, residual=residual, y=y, activation=act, mask=mask,
         sample_weight=sample_weight, needs=Needs(*needs),
     )  # fmt: skip
     dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
@@ -105,8 +104,7 @@ def backward(
 def _(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -146,9 +144,7 @@ def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor 
     x, weight, bias, residual, y, mask, sample_weight, stats = ctx.saved_tensors
     if sample_weight is not None and sample_weight.requires_grad:
         raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")
-    grads = backward(
-        dy, x, stats[0], stats[1], weight, bias, residual, y, mask, sample_weight, *ctx.options, True, list(ctx.needs)
-    )
+    grads = backward(dy, x, stats, weight, bias, residual, y, mask, sample_weight, *ctx.options, True, list(ctx.needs))
     return (*_kept(grads, ctx.needs), None, None, None, None, None)
 
 
@@ -161,17 +157,17 @@ def _save_infer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Copies: the running statistics may move on before backward.
     ctx.save_for_backward(
         x if keep_x else None, weight, bias, residual if keep_residual else None, output if sign_of_y else None, mask,
-        mean.clone(), var.clone(),
+        torch.stack((mean, var)),
     )  # fmt: skip
     ctx.options = options
     ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
 
 
 def _differentiate_infer(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
+    x, weight, bias, residual, y, mask, stats = ctx.saved_tensors
     # Frozen: the gradient looks at dy and at the sign of y, never at the values of x.
     x = dy if x is None else x
-    grads = backward(dy, x, mean, var, weight, bias, residual, y, mask, None, *ctx.options, False, list(ctx.needs))
+    grads = backward(dy, x, stats, weight, bias, residual, y, mask, None, *ctx.options, False, list(ctx.needs))
     dx, dweight, dbias, dresidual = _kept(grads, ctx.needs)
     return (dx, None, None, dweight, dbias, dresidual, None, None, None, None)
 

@@ -140,6 +140,8 @@ def backward_sums(
         if sweep.present is not None:
             centred.masked_fill_(~sweep.present[part], 0)
         sum_dz_centred += centred.sum((0, 2))
+    if x.numel() == 0:
+        return sum_dz, sum_dz_centred  # where the variance is NaN
     sum_dz_centred -= sweep.affine.lo * sum_dz
     return sum_dz, sum_dz_centred * torch.rsqrt(var.to(wide) + eps)
 
@@ -221,8 +223,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    stats: Tensor,
     eps: float,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -235,7 +236,11 @@ def backward(
     sample_weight: Tensor | None = None,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias and the residual's gradient, None for each that is not needed."""
+    """dx, dweight, dbias and the residual's gradient, None for each that is not needed.
+
+    ``stats`` holds mean and biased variance, (2, channels): those of the batch in training, else constants.
+    """
+    mean, var = stats[0], stats[1]
     same = {"residual": residual, "y": y, "activation": activation, "mask": mask}
     sums = None
     if training or needs.weight or needs.bias:
@@ -297,15 +302,15 @@ def differentiable(
 
 
 def update(running: Running, batch: Moments) -> None:
-    """r ← r + factor·(batch − r), with the batch's unbiased variance, in the dtype the statistics are kept in."""
+    """r ← r + factor·(batch − r), with the batch's unbiased variance, in the batch's precision and rounded once."""
     factor = running.factor
     for r, value in ((running.mean, batch.mean), (running.var, batch.variance(biased=False))):
-        value = value.detach().to(r.dtype)
+        value = value.detach()
         # Not lerp with factor 1: r + (value − r) would round, and a NaN in r would survive it.
         if isinstance(factor, float) and factor == 1.0:
             r.copy_(value)
         else:
-            r.mul_(1 - factor).add_(value * factor)
+            r.copy_(r.to(value.dtype) * (1 - factor) + value * factor)
 
 
 def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | float:
