@@ -17,6 +17,8 @@ from batchnorm.errors import ArgumentError, DtypeError, expected
 
 # Values handled at once on the CPU: two float32 copies of them stay in a second-level cache of 1 MiB.
 PART = 1 << 17
+# torch gives a sum of fewer values to one thread (at::internal::GRAIN_SIZE is 2¹⁵).
+UNSPLIT = (1 << 15) - 1
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -253,6 +255,9 @@ def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
 def cut(shape: torch.Size, values: int = PART) -> Iterator[tuple[slice, slice, slice]]:
     """Slices that cut an (outer, channel, inner) tensor into parts of about ``values`` elements, all channels each."""
     outer, channels, inner = shape
+    if channels == 1:
+        # torch splits a sum to a single number among threads, and its bits would hang on how many there are.
+        values = min(values, UNSPLIT)
     rows = max(1, values // max(1, channels * inner))
     width = inner if rows > 1 else max(1, values // max(1, channels))
     for first in range(0, max(outer, 1), rows):
