@@ -1,0 +1,42 @@
+"""What holds in every test: memory nobody wrote is NaN, seeds are fixed, torch's settings are put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """``torch.empty`` and its kin give NaN (integers: their largest value), so what a kernel forgot to write shows.
+
+    torch fills uninitialized memory itself while deterministic algorithms are asked for, from C++ too, and in
+    ``empty_like``, ``new_empty``, ``empty_strided`` and ``resize_`` as well. On the CPU that is all the setting does
+    to the operations used here; patching ``torch.empty`` would miss most of them and confuse ``torch.compile``.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for code under test that uses the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def settings_put_back() -> Iterator[None]:
+    threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
