@@ -164,7 +164,14 @@ def _read_pair(
             )
         )
     if images.size == 0:
-        raise DataError(expected("load", f"at least one pixel in {images_path}", _size(images), "The file is empty."))
+        raise DataError(
+            expected(
+                "load",
+                f"at least one pixel in {images_path}",
+                f"none in {len(images)} images of {_size(images)}",
+                "The file is empty.",
+            )
+        )
     largest = int(labels.max())
     if largest >= CLASSES:
         raise DataError(

@@ -20,6 +20,7 @@ import gzip
 import math
 import struct
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ LABELS_MAGIC = 0x00000801
 
 _WHAT = {IMAGES_MAGIC: "images", LABELS_MAGIC: "labels"}
 _READ_AGAIN = "Fetch the file again."
+_PIECE = 1 << 20
 
 
 def read(path: Path, magic: int) -> NDArray[np.uint8]:
@@ -72,9 +74,7 @@ def read(path: Path, magic: int) -> NDArray[np.uint8]:
                     )
                 )
             size = math.prod(shape)
-            # One byte more than promised, so that a longer file is noticed without reading all of it; and what
-            # is allocated is what the file holds, however large a damaged header claims it to be.
-            values = file.read(size + 1)
+            values = _at_most(file, size + 1)  # one more than promised, to notice a longer file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(expected("idx.read", f"a readable file at {path}", _reason(error), _READ_AGAIN)) from error
     described = f"{' x '.join(map(str, shape))} = {size} values"
@@ -83,6 +83,15 @@ def read(path: Path, magic: int) -> NDArray[np.uint8]:
     if len(values) > size:
         raise DataError(expected("idx.read", f"{described} in {path}, as its header says", "more", _READ_AGAIN))
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _at_most(file: BufferedIOBase, limit: int) -> bytes:
+    """Up to ``limit`` bytes, in pieces: what is allocated is what is there, whatever a damaged header claims."""
+    pieces: list[bytes] = []
+    while limit > 0 and (piece := file.read(min(limit, _PIECE))):
+        pieces.append(piece)
+        limit -= len(piece)
+    return b"".join(pieces)
 
 
 def _cut_short(path: Path, promised: str, found: str) -> DataError:

@@ -25,13 +25,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from batchnorm import BatchNorm1d, recalibrate
-from batchnorm.errors import ArgumentError, DataError, expected
+from batchnorm.errors import ArgumentError, DataError, NonFiniteError, expected
 from batchnorm.experiments.digits import CLASSES, Digits
 
 BATCH_SIZE = 60
@@ -247,10 +248,8 @@ class _Evaluation:
         plain_inputs, plain_accuracy = self._measure(plain, [self.images])
         network = copy.deepcopy(normalized).eval()
         _, running_accuracy = self._measure(network, [self.images])
-        recalibrate(network, self.calibration_batches, estimator="paper")
-        _, paper_accuracy = self._measure(network.eval(), [self.images])
-        recalibrate(network, self.calibration_batches, estimator="pooled")
-        _, pooled_accuracy = self._measure(network.eval(), [self.images])
+        paper_accuracy = self._accuracy_recalibrated(network, "paper")
+        pooled_accuracy = self._accuracy_recalibrated(network, "pooled")
         batch_inputs, batch_accuracy = self._measure(network.train(), self.test_batches)
         return Point(
             step=step,
@@ -263,11 +262,21 @@ class _Evaluation:
             normalized_percentiles=_percentiles(batch_inputs),
         )
 
+    def _accuracy_recalibrated(self, network: nn.Sequential, estimator: Literal["paper", "pooled"]) -> float:
+        """The accuracy under population statistics, which are left in ``network``."""
+        try:
+            recalibrate(network, self.calibration_batches, estimator=estimator)
+        except NonFiniteError:
+            return 0.0  # training has diverged: there are no statistics, and no image is recognized without
+        return self._measure(network.eval(), [self.images])[1]
+
     def _measure(self, network: nn.Sequential, batches: Sequence[Tensor]) -> tuple[Tensor, float]:
         """The input to the last layer of sigmoids, shape (images, sigmoids), and the accuracy."""
         body, head = network[:-2], network[-2:]
         inputs = torch.cat([body(images) for images in batches])
-        right = head(inputs).argmax(dim=1) == self.labels
+        outputs = head(inputs)
+        # argmax would take a NaN for the largest: where training has diverged no image counts as recognized.
+        right = (outputs.argmax(dim=1) == self.labels) & outputs.isfinite().all(dim=1)
         return inputs, int(right.sum()) / len(right)
 
 

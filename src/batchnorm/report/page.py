@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import shlex
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,6 +19,7 @@ def page(metrics: Metrics, figure_svg: bytes) -> str:
         metrics: of the experiment.
         figure_svg: ``figure_1(metrics)["svg"]``.
     """
+    accuracy = metrics["summary"]["final_plain"]["mean"]
     environment = Environment(
         loader=PackageLoader("batchnorm.report"),
         autoescape=True,
@@ -32,6 +34,7 @@ def page(metrics: Metrics, figure_svg: bytes) -> str:
         figure=base64.b64encode(figure_svg).decode("ascii"),
         first_run=metrics["runs"][0],
         reached=min(run["steps"][-1] for run in metrics["runs"]),
+        standard_error=math.sqrt(accuracy * (1 - accuracy) / metrics["data"]["test"]),
         command=_command(metrics),
     )
 

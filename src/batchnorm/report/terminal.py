@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -66,7 +66,7 @@ class Terminal:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("test accuracy [bold]{task.fields[normalized]}[/] with, {task.fields[without]} without"),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._results, expand=True) as bar:
             task = bar.add_task("training", total=steps * seeds, normalized="–", without="–")
