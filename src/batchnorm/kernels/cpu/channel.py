@@ -12,20 +12,29 @@ import math
 from typing import Any
 
 from numba import float64, njit
+from numba.extending import register_jitable
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.scalars import FLOAT64, load, load_channel, pointer, real, slot_float, store, store_channel
+from batchnorm.kernels.cpu.scalars import FLOAT64, load_channel, pointer, real, slot_float, store, store_channel
 from batchnorm.kernels.cpu.vectors import item_bytes, lanes, vmul, vwhere_positive, vzeros
 
 
 def plain(function: Any) -> Any:
-    """Compile for use in kernels: no Python errors, no reordering; inlined by LLVM where it pays."""
-    return njit(error_model="numpy", fastmath={"contract", "nsz"})(function)
+    """Compile for use in kernels: no Python errors, inlined by LLVM where it pays.
+
+    No fast-math flag: a * b + c contracted in one kernel and not in another would give other bits.
+    """
+    return njit(error_model="numpy")(function)
 
 
 def inlined(function: Any) -> Any:
     """Like plain, and always inlined."""
-    return njit(error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)(function)
+    return njit(error_model="numpy", forceinline=True)(function)
+
+
+def counting(function: Any) -> Any:
+    """For arithmetic on sizes: callable in kernels, and plain Python outside."""
+    return register_jitable(error_model="numpy")(function)
 
 
 @plain
@@ -56,7 +65,7 @@ def write_moments(block, channel, count, mean, m2):  # type: ignore[no-untyped-d
 
 @plain
 def finish_statistics(block, channel, count, mean, m2):  # type: ignore[no-untyped-def]
-    """STATS of the forward kernel, (2, channels) mean and biased variance, and the running update. Gives the variance."""
+    """STATS of the forward kernel, (2, channels) mean and biased var, and the running update. Gives var."""
     var = m2 / count
     stats = pointer(block[slots.STATS], FLOAT64)
     store(stats, channel, mean)
@@ -129,7 +138,9 @@ def finish_sums(block, channel, mean, var, sum_dz, sum_dz_d, element):  # type: 
 
 
 @plain
-def gradient_coefficients(block, channel, mean, var, sum_dz, sum_dz_xhat, count, element):  # type: ignore[no-untyped-def]
+def gradient_coefficients(  # type: ignore[no-untyped-def]
+    block, channel, mean, var, sum_dz, sum_dz_xhat, count, element
+):
     """(A, B, D) of dx = A * dz + B * (x - hi) + D; B = D = 0 where the count is infinite (evaluation)."""
     _, low = center(mean, element)
     invstd = 1.0 / math.sqrt(var + slot_float(block, slots.EPS))

@@ -1,0 +1,285 @@
+"""Channel outside, long rows: one channel at a time, a chunk of its rows at a time.
+
+A chunk is what one float32 accumulation spans: at most CHUNK elements, spread over 4 vectors. Where chunks are cut
+depends on the shape alone, and partial results are merged in their order, so that any number of threads gives the same
+bits. Statistics are taken about a shift near the chunk's mean (the mean of its first elements), in one sweep: with the
+mean over m of the n values the error is at worst n/m times that of two sweeps (n/m <= 64 here), whatever the data.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import float64
+
+from batchnorm.kernels.cpu import block as slots
+from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
+from batchnorm.kernels.cpu.scalars import load, real
+from batchnorm.kernels.cpu.vectors import (
+    lanes,
+    prefetch,
+    vadd,
+    vfirst,
+    vfma,
+    vload,
+    vload_some,
+    vmul,
+    vput,
+    vsplat,
+    vstore,
+    vstream,
+    vsub,
+    vsum,
+    vtake,
+    vzeros,
+)
+
+CHUNK = 8192
+
+
+@counting
+def chunk_rows(inner):  # type: ignore[no-untyped-def]
+    """How many whole rows a chunk holds; 1 where a row is cut into segments."""
+    return max(1, CHUNK // max(1, inner))
+
+
+@counting
+def chunk_length(inner):  # type: ignore[no-untyped-def]
+    """How a row is cut: as evenly as whole cache lines allow, into segments of at most CHUNK elements."""
+    segments = max(1, (inner + CHUNK - 1) // CHUNK)
+    return inner if segments == 1 else ((inner + segments - 1) // segments + 63) // 64 * 64
+
+
+@counting
+def chunk_count(outer, inner):  # type: ignore[no-untyped-def]
+    """How many chunks a channel has."""
+    rows, length = chunk_rows(inner), chunk_length(inner)
+    return (outer + rows - 1) // rows * ((inner + length - 1) // max(1, length))
+
+
+@inlined
+def chunk_place(chunk, outer, inner):  # type: ignore[no-untyped-def]
+    """(first row, how many rows, first element in the row, how many elements) of a chunk."""
+    rows, length = chunk_rows(inner), chunk_length(inner)
+    segments = (inner + length - 1) // length
+    row, at = chunk // segments * rows, chunk % segments * length
+    return row, min(rows, outer - row), at, min(length, inner - at)
+
+
+@plain
+def shift_of(x, start, length, element):  # type: ignore[no-untyped-def]
+    """The mean of the first elements; exactly their value where they are all the same; 0 where it is not finite."""
+    step = lanes(element)
+    first = load(x, start)
+    origin = vsplat(element, first)
+    total = vsplat(element, 0.0)
+    sample = min(length, 8 * step)
+    i = 0
+    while i + step <= sample:
+        total = vadd(total, vsub(vload(x, start + i), origin))
+        i += step
+    if i == 0:
+        total = vfirst(vsub(vload_some(x, start, sample), origin), sample)
+        i = sample
+    shift = real(element, float64(first) + vsum(total) / i)
+    return shift if math.isfinite(shift) else real(element, 0.0)
+
+
+@plain
+def chunk_moments(x, start, stride, rows, length, ahead, element):  # type: ignore[no-untyped-def]
+    """(mean, m2) of rows that begin at `start`, `stride` apart."""
+    step = lanes(element)
+    shift = shift_of(x, start, length, element)
+    k = vsplat(element, shift)
+    s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = vsplat(element, 0.0)
+    for row in range(rows):
+        at = start + row * stride
+        end = at + length
+        while at + 4 * step <= end:
+            prefetch(x, at + ahead, 0)
+            prefetch(x, at + ahead + step, 0)
+            prefetch(x, at + ahead + 2 * step, 0)
+            prefetch(x, at + ahead + 3 * step, 0)
+            d0 = vsub(vload(x, at), k)
+            d1 = vsub(vload(x, at + step), k)
+            d2 = vsub(vload(x, at + 2 * step), k)
+            d3 = vsub(vload(x, at + 3 * step), k)
+            s0 = vadd(s0, d0)
+            s1 = vadd(s1, d1)
+            s2 = vadd(s2, d2)
+            s3 = vadd(s3, d3)
+            q0 = vfma(d0, d0, q0)
+            q1 = vfma(d1, d1, q1)
+            q2 = vfma(d2, d2, q2)
+            q3 = vfma(d3, d3, q3)
+            at += 4 * step
+        while at + step <= end:
+            d0 = vsub(vload(x, at), k)
+            s0 = vadd(s0, d0)
+            q0 = vfma(d0, d0, q0)
+            at += step
+        if at < end:
+            d1 = vfirst(vsub(vload_some(x, at, end - at), k), end - at)
+            s1 = vadd(s1, d1)
+            q1 = vfma(d1, d1, q1)
+    total = vsum(vadd(vadd(s0, s1), vadd(s2, s3)))
+    squares = vsum(vadd(vadd(q0, q1), vadd(q2, q3)))
+    count = float64(rows * length)
+    m2 = squares - total * (total / count)
+    return float64(shift) + total / count, 0.0 if m2 < 0.0 else m2
+
+
+@plain
+def chunk_sums(
+    dy, at_dy, dy_stride, x, at_x, x_stride, y, at_y, y_stride, rows, length, hi, a, b, activation, slope, element
+):  # type: ignore[no-untyped-def]
+    """(sum of dz, sum of dz * (x - hi)) of rows; dz is gated by y where at_y >= 0, else by (x - hi) * a + b."""
+    step = lanes(element)
+    hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
+    s0 = s1 = t0 = t1 = vsplat(element, 0.0)
+    for row in range(rows):
+        p, q, r = at_dy + row * dy_stride, at_x + row * x_stride, at_y + row * y_stride
+        i = 0
+        while i + 2 * step <= length:
+            prefetch(dy, p + i + dy_stride, 0)
+            prefetch(dy, p + i + dy_stride + step, 0)
+            prefetch(x, q + i + x_stride, 0)
+            prefetch(x, q + i + x_stride + step, 0)
+            g0, g1 = vload(dy, p + i), vload(dy, p + i + step)
+            d0, d1 = vsub(vload(x, q + i), hi_), vsub(vload(x, q + i + step), hi_)
+            if activation != slots.IDENTITY:
+                if at_y >= 0:
+                    g0 = gated(g0, vload(y, r + i), activation, slope_)
+                    g1 = gated(g1, vload(y, r + i + step), activation, slope_)
+                else:
+                    g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
+                    g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
+            s0, s1 = vadd(s0, g0), vadd(s1, g1)
+            t0, t1 = vfma(g0, d0, t0), vfma(g1, d1, t1)
+            i += 2 * step
+        while i < length:
+            size = min(step, length - i)
+            g0, d0 = vtake(dy, p + i, size, step), vfirst(vsub(vtake(x, q + i, size, step), hi_), size)
+            if activation != slots.IDENTITY:
+                if at_y >= 0:
+                    g0 = gated(g0, vtake(y, r + i, size, step), activation, slope_)
+                else:
+                    g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
+            s0, t0 = vadd(s0, g0), vfma(g0, d0, t0)
+            i += step
+    return vsum(vadd(s0, s1)), vsum(vadd(t0, t1))
+
+
+@inlined
+def emit(y, at, value, stream):  # type: ignore[no-untyped-def]
+    """Store a whole vector, around the cache if `stream`."""
+    if stream:
+        vstream(y, at, value)
+    else:
+        vstore(y, at, value)
+
+
+@plain
+def normalize_row(x, at, y, to, ahead, residual, res, length, hi, a, b, activation, slope, stream, element):  # type: ignore[no-untyped-def]
+    """y[to + i] = activation((x[at + i] - hi) * a + b [+ residual[res + i] where res >= 0])."""
+    step = lanes(element)
+    hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
+    i = 0
+    while i + 4 * step <= length:
+        if not stream:
+            prefetch(y, to + ahead + i, 1)
+            prefetch(y, to + ahead + i + step, 1)
+            prefetch(y, to + ahead + i + 2 * step, 1)
+            prefetch(y, to + ahead + i + 3 * step, 1)
+        z0 = vfma(vsub(vload(x, at + i), hi_), a_, b_)
+        z1 = vfma(vsub(vload(x, at + i + step), hi_), a_, b_)
+        z2 = vfma(vsub(vload(x, at + i + 2 * step), hi_), a_, b_)
+        z3 = vfma(vsub(vload(x, at + i + 3 * step), hi_), a_, b_)
+        if res >= 0:
+            z0 = vadd(z0, vload(residual, res + i))
+            z1 = vadd(z1, vload(residual, res + i + step))
+            z2 = vadd(z2, vload(residual, res + i + 2 * step))
+            z3 = vadd(z3, vload(residual, res + i + 3 * step))
+        if activation != slots.IDENTITY:
+            z0 = activated(z0, activation, slope_)
+            z1 = activated(z1, activation, slope_)
+            z2 = activated(z2, activation, slope_)
+            z3 = activated(z3, activation, slope_)
+        emit(y, to + i, z0, stream)
+        emit(y, to + i + step, z1, stream)
+        emit(y, to + i + 2 * step, z2, stream)
+        emit(y, to + i + 3 * step, z3, stream)
+        i += 4 * step
+    while i < length:
+        size = min(step, length - i)
+        z0 = vfma(vsub(vtake(x, at + i, size, step), hi_), a_, b_)
+        if res >= 0:
+            z0 = vadd(z0, vtake(residual, res + i, size, step))
+        vput(y, to + i, activated(z0, activation, slope_), size, step)
+        i += step
+
+
+@plain
+def gradient_row(
+    dy,
+    at_dy,
+    x,
+    at_x,
+    y,
+    at_y,
+    dx,
+    to,
+    ahead,
+    dres,
+    res,
+    length,
+    hi,
+    a,
+    b,
+    by_dz,
+    by_x,
+    constant,
+    centred,
+    activation,
+    slope,
+    stream,
+    element,
+):  # type: ignore[no-untyped-def]
+    """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz itself into dres where `res` >= 0.
+
+    x is not read unless `centred` (by_x counts) or it gates dz.
+    """
+    step = lanes(element)
+    hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
+    e_, f_, h_ = vsplat(element, by_dz), vsplat(element, by_x), vsplat(element, constant)
+    if centred and to >= 0 and res < 0 and at_y < 0:  # the common case, without tests inside
+        i = 0
+        while i + 2 * step <= length:
+            if not stream:
+                prefetch(dx, to + ahead + i, 1)
+                prefetch(dx, to + ahead + i + step, 1)
+            g0, g1 = vload(dy, at_dy + i), vload(dy, at_dy + i + step)
+            d0, d1 = vsub(vload(x, at_x + i), hi_), vsub(vload(x, at_x + i + step), hi_)
+            if activation != slots.IDENTITY:
+                g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
+                g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
+            emit(dx, to + i, vfma(e_, g0, vfma(f_, d0, h_)), stream)
+            emit(dx, to + i + step, vfma(e_, g1, vfma(f_, d1, h_)), stream)
+            i += 2 * step
+    else:
+        i = 0
+    while i < length:
+        size = min(step, length - i)
+        g0 = vtake(dy, at_dy + i, size, step)
+        d0 = vzeros(g0)
+        if centred or (activation != slots.IDENTITY and at_y < 0):
+            d0 = vsub(vtake(x, at_x + i, size, step), hi_)
+        if activation != slots.IDENTITY:
+            z0 = vtake(y, at_y + i, size, step) if at_y >= 0 else vfma(d0, a_, b_)
+            g0 = gated(g0, z0, activation, slope_)
+        if res >= 0:
+            vput(dres, res + i, g0, size, step)
+        if to >= 0:
+            v0 = vfma(e_, g0, vfma(f_, d0, h_)) if centred else vmul(e_, g0)
+            vput(dx, to + i, v0, size, step)
+        i += step
