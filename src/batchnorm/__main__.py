@@ -18,7 +18,7 @@ def main() -> None:
     try:
         from batchnorm.cli import app
 
-        app()
+        app(prog_name="batchnorm")
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in _TOOLS:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from batchnorm.experiments.digits import Digits, load
-
-
-def idx_bytes(values: NDArray[np.uint8]) -> bytes:
-    """A file in the IDX format, written from its description and not by the code under test."""
-    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    return header + values.tobytes()
+from idx_files import write_idx_folder
 
 
 @pytest.fixture(scope="session")
@@ -37,15 +29,7 @@ def small_digits() -> Digits:
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
     """A folder as MNIST comes, with 70 training and 20 test images of 3×2 pixels."""
-    random = np.random.default_rng(0)
-    folder = tmp_path / "digits in idx"
-    folder.mkdir()
-    for part, count in (("train", 70), ("t10k", 20)):
-        images = random.integers(0, 256, (count, 3, 2), dtype=np.uint8)
-        labels = random.integers(0, 10, count, dtype=np.uint8)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
-    return folder
+    return write_idx_folder(tmp_path / "digits in idx")
 
 
 @pytest.fixture(autouse=True)
