@@ -129,6 +129,7 @@ def _through_graph(ctx: Any, dy: Tensor, needs: Needs) -> tuple[Tensor | None, .
             x, weight, bias, call.eps, stats=population, residual=None if linear else residual,
             activation=IDENTITY if linear else call.activation, mask=call.mask, sample_weight=sample_weight,
         )  # fmt: skip
+        dy = dy.to(z.dtype)
         if linear:
             # Between its kinks the activation's slope is a constant: only what stands before it needs a graph.
             dy = _before_activation(call, dy, z.detach() if y is None else y, residual)
@@ -140,7 +141,7 @@ def _through_graph(ctx: Any, dy: Tensor, needs: Needs) -> tuple[Tensor | None, .
         found = iter(torch.autograd.grad(z, inputs, dy, create_graph=graph, allow_unused=True) if inputs else ())
         grads = [next(found) if needed and t is not None else None for t, needed in wanted]
     if linear and needs.residual:
-        grads[3] = dy
+        grads[3] = dy.to(x.dtype)
     return (*grads, None)
 
 
@@ -148,7 +149,7 @@ def _before_activation(call: Call, dy: Tensor, z: Tensor, residual: Tensor | Non
     """dy·activation'(z) of a piecewise linear function, 0 where absent; differentiable in dy."""
     if call.activation.name != "identity":
         z = z if residual is None else z + residual.detach()
-        dy = dy * call.activation.backward(torch.ones_like(z), z)
+        dy = dy * call.activation.backward(torch.ones_like(dy), z)
     if call.mask is not None:
         dy = torch.where(call.mask, dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
     return dy

@@ -272,13 +272,19 @@ def differentiable(
     """The whole function in operations that autograd knows: right to any order of derivative.
 
     ``stats`` are constants (inference); without them the batch's own are used and differentiated. Computed in
-    float64 where the device has it, with tensor-sized intermediates: for derivatives of derivatives only.
+    float64 where the device has it, with tensor-sized intermediates: for derivatives of derivatives only. The result
+    is not rounded to x's dtype, so that neither is what flows back through it; each gradient is, once.
     """
     seen = layout.of(x)
-    view = seen.view(x)
+    wide = statistics_dtype(x.device)
+    view = seen.view(x).to(wide)
+    more = None if residual is None else seen.view(residual).to(wide)
     present = _view(seen, mask)
+    zero = torch.zeros((), dtype=wide, device=x.device)
     if present is not None:
-        view = torch.where(present, view, torch.zeros((), dtype=x.dtype, device=x.device))
+        # Before anything is computed from it: the derivative of what is absent must be 0, not NaN times 0.
+        view = torch.where(present, view, zero)
+        more = None if more is None else torch.where(present, more, zero)
     if stats is None:
         weights = present
         if sample_weight is not None:
@@ -287,18 +293,15 @@ def differentiable(
                 weights = torch.where(present, weights, torch.zeros_like(weights))
         found = moments_of_view(view, weights)
         stats = (found.mean, found.variance())
-    wide = stats[0].dtype
-    z = (view.to(wide) - stats[0].view(1, -1, 1)) * torch.rsqrt(stats[1] + eps).view(1, -1, 1)
+    z = (view - stats[0].view(1, -1, 1)) * torch.rsqrt(stats[1].to(wide) + eps).view(1, -1, 1)
     if weight is not None:
         z = z * weight.to(wide).view(1, -1, 1)
     if bias is not None:
         z = z + bias.to(wide).view(1, -1, 1)
-    if residual is not None:
-        z = z + seen.view(residual).to(wide)
+    if more is not None:
+        z = z + more
     z = activation(z)
-    if present is not None:
-        z = torch.where(present, z, torch.zeros((), dtype=wide, device=z.device))
-    return _unview(seen, z.to(x.dtype))
+    return _unview(seen, z if present is None else torch.where(present, z, zero))
 
 
 def update(running: Running, batch: Moments) -> None:
