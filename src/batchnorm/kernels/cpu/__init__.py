@@ -1,0 +1,287 @@
+"""The CPU kernels: Numba, run in PyTorch's own thread pool.
+
+``eager`` documents what each function does. Here is how it is brought to the compiled kernels: ``plan`` decides
+once for each combination of shapes and options what runs, the functions below fill in the addresses. What they
+make or convert on the way is held in a local variable until the kernels have returned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import eager
+from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu.block import pack_what
+from batchnorm.kernels.eager import INPUT_ONLY, Needs, Running
+from batchnorm.moments import Moments
+
+NAME = "cpu"
+
+CONSTANT = float("inf")
+"""COUNT of statistics that do not depend on the input: their share of the gradient vanishes."""
+
+
+def supports(
+    x: Tensor,
+    *,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> str | None:
+    """None where the compiled kernels serve, or why they do not."""
+    if not x.is_cpu:
+        return f"runs on the CPU, the input is on {x.device}"
+    if x.dtype not in plan.DTYPES:
+        return f"no kernel for {x.dtype}"
+    if x.numel() == 0:
+        return "nothing to do for an input without values"
+    if activation.name not in plan.ACTIVATIONS:
+        return f"{activation.name} is not fused here"
+    if activation.negative_slope < 0:
+        return "leaky_relu with a negative slope changes the sign that backward looks at"
+    if mask is not None or sample_weight is not None:
+        return "masks and weights are not compiled"
+    return None
+
+
+def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
+    p = plan.find("MOMENTS", x, {}, (), IDENTITY, None, torch.float64)
+    x = p.readable("x", x) if p.copied else x
+    stats = torch.empty((3, p.channels), dtype=torch.float64)
+    scratch = _room(p)
+    p.run(
+        pack_what(
+            x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0, stats.data_ptr(), 0, 0, 0, 0, 0, 0, 0, _at(scratch),
+            0.0, 0.0, 0.0, 0.0,
+        )
+    )  # fmt: skip
+    return Moments(stats[0], stats[1], stats[2])
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    weight, bias, parameter = _parameters(weight, bias)
+    mean, var = _statistics(mean, var)
+    given = {"residual": residual} if out is None else {"residual": residual, "y": out}
+    p = plan.find("NORMALIZE", x, given, ("y",) if out is None else (), activation, parameter, mean.dtype)
+    aside = None
+    if p.copied:
+        x = p.readable("x", x)
+        residual = None if residual is None else p.readable("residual", residual)
+        aside = out if "y" in p.copied else None
+    y = p.seen.empty(x) if out is None or aside is not None else out
+    scratch = _room(p)
+    p.run(
+        pack_what(
+            x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), mean.data_ptr(),
+            var.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
+        )
+    )  # fmt: skip
+    return y if aside is None else aside.copy_(y)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    running: Running | None = None,
+) -> tuple[Tensor, Tensor]:
+    weight, bias, parameter = _parameters(weight, bias)
+    running_mean = running_var = None
+    factor = 0.0
+    if running is not None and _in_place(running):
+        running_mean, running_var, factor = running.mean, running.var, float(running.factor)
+    p = plan.find("FORWARD", x, {"residual": residual}, ("y",), activation, parameter, torch.float64, running_mean)
+    if p.copied:
+        x = p.readable("x", x)
+        residual = None if residual is None else p.readable("residual", residual)
+    y = torch.empty_like(x) if p.seen.dense else p.seen.empty(x)
+    stats = torch.empty((2, p.channels), dtype=torch.float64)
+    at = stats.data_ptr()
+    scratch = _room(p)
+    p.run(
+        pack_what(
+            x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), at, at + 8 * p.channels, at,
+            _at(running_mean), _at(running_var), 0, 0, 0, 0, 0, _at(scratch),
+            eps, factor, activation.negative_slope, 0.0,
+        )
+    )  # fmt: skip
+    if running is not None and running_mean is None:
+        count = torch.full((p.channels,), x.numel() / p.channels, dtype=torch.float64)
+        eager.update(running, Moments(count, stats[0], stats[1] * count))
+    return y, stats
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    weight, bias, parameter = _parameters(weight, bias)
+    mean, var = _statistics(mean, var)
+    y = None if activation.name == "identity" else y
+    p = plan.find("BACKWARD_SUMS", x, {"dy": dy, "y": y}, (), activation, parameter, mean.dtype)
+    if p.copied:
+        x, dy = p.readable("x", x), p.readable("dy", dy)
+        y = None if y is None else p.readable("y", y)
+    sums = torch.empty((2, p.channels), dtype=torch.float64)
+    scratch = _room(p)
+    p.run(
+        pack_what(
+            x.data_ptr(), dy.data_ptr(), _at(y), 0, 0, 0, _at(weight), _at(bias), mean.data_ptr(), var.data_ptr(), 0,
+            0, 0, sums.data_ptr(), 0, 0, 0, 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
+        )
+    )  # fmt: skip
+    return sums[0], sums[1]
+
+
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
+    count: Tensor | float,
+    *,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    needs: Needs = INPUT_ONLY,
+) -> tuple[Tensor | None, Tensor | None]:
+    if sums is None:
+        stats = torch.stack((mean, var))
+        dx, _, _, dresidual = backward(
+            dy, x, stats, eps, weight, bias, training=False, y=y, activation=activation,
+            needs=Needs(needs.x, False, False, needs.residual),
+        )  # fmt: skip
+        return dx, dresidual
+    weight, bias, parameter = _parameters(weight, bias)
+    mean, var = _statistics(mean, var)
+    y = None if activation.name == "identity" else y
+    written = ("dx",) * needs.x + ("dresidual",) * needs.residual
+    p = plan.find("BACKWARD_INPUT", x, {"dy": dy, "y": y}, written, activation, parameter, mean.dtype)
+    if p.copied:
+        x, dy = p.readable("x", x), p.readable("dy", dy)
+        y = None if y is None else p.readable("y", y)
+    dx = p.seen.empty(x) if needs.x else None
+    dresidual = p.seen.empty(x) if needs.residual else None
+    both = torch.stack(sums).to(torch.float64)
+    scratch = _room(p)
+    p.run(
+        pack_what(
+            x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean.data_ptr(),
+            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, 0, 0, _at(scratch),
+            eps, 0.0, activation.negative_slope, float(count),
+        )
+    )  # fmt: skip
+    return dx, dresidual
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: Activation = IDENTITY,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    weight, bias, parameter = _parameters(weight, bias)
+    passed_on = None
+    if activation.name == "identity":
+        # dz is dy itself: the residual's gradient needs no memory of its own.
+        y, passed_on = None, dy if needs.residual else None
+    written = ("dx",) * needs.x + ("dresidual",) * (needs.residual and passed_on is None)
+    operation = "BACKWARD" if training else "BACKWARD_EVAL"
+    p = plan.find(operation, x, {"dy": dy, "y": y}, written, activation, parameter, stats.dtype)
+    if p.copied:
+        x, dy = p.readable("x", x), p.readable("dy", dy)
+        y = None if y is None else p.readable("y", y)
+    dx = p.seen.empty(x) if needs.x else None
+    dresidual = p.seen.empty(x) if needs.residual and passed_on is None else None
+    dweight = torch.empty_like(weight) if needs.weight and weight is not None else None
+    dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
+    mean = stats.data_ptr()
+    sums = torch.empty((2, p.channels), dtype=torch.float64) if len(p.launches) > 1 else None
+    scratch = _room(p)
+    count = (x.numel() // p.channels) if training else CONSTANT
+    p.run(
+        pack_what(
+            x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean,
+            mean + stats.element_size() * p.channels, 0, 0, 0, _at(sums), _at(dweight), _at(dbias), 0, 0, _at(scratch),
+            eps, 0.0, activation.negative_slope, count,
+        )
+    )  # fmt: skip
+    return dx, dweight, dbias, passed_on if passed_on is not None else dresidual
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _room(p: plan.Plan) -> Tensor | None:
+    return torch.empty(p.scratch, dtype=torch.float64) if p.scratch else None
+
+
+def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Weight and bias as the kernels read them (one dtype, no gaps), and one of them for its dtype."""
+    if weight is None:
+        return None, bias if bias is None or bias.is_contiguous() else bias.contiguous(), bias
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous()):
+        bias = bias.to(weight.dtype).contiguous()
+    return weight, bias, weight
+
+
+def _statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance as the kernels read them: both float32 or both float64, no gaps."""
+    if mean.dtype != var.dtype or mean.dtype not in (torch.float32, torch.float64):
+        mean, var = mean.to(torch.float64), var.to(torch.float64)
+    return mean.contiguous(), var.contiguous()
+
+
+def _in_place(running: Running) -> bool:
+    """Whether the kernels can update these running statistics themselves."""
+    mean, var = running.mean, running.var
+    return mean.dtype == var.dtype and mean.is_contiguous() and var.is_contiguous() and mean.dtype in plan.CODES

@@ -1,0 +1,179 @@
+"""What runs for a call: decided once for each combination of shapes, strides, dtypes and options, then kept.
+
+A plan knows the compiled kernels to launch and in which order, how many threads they get, how much working memory
+they want, and the first half of their argument block. Finding it again is one look in a dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import layout
+from batchnorm.kernels.activations import Activation
+from batchnorm.kernels.cpu import block, inside, outside
+from batchnorm.kernels.cpu.compiling import Kernel
+from batchnorm.kernels.cpu.threads import launch, threads_for
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+CODES = {dtype: block.CODES[name] for dtype, name in DTYPES.items()}
+ACTIVATIONS = {"identity": block.IDENTITY, "relu": block.RELU, "leaky_relu": block.LEAKY_RELU}
+
+STREAM_FROM = 24 << 20
+"""Outputs of more bytes than this are stored around the cache: they would not be there any more when read."""
+
+KEPT = 4096
+"""Plans kept at most: shapes that change at every call must not fill the memory."""
+
+PLACES = ("x", "dy", "y", "residual", "dx", "dresidual")
+"""The tensors of x's size, in the order in which the argument block holds their strides."""
+
+
+class Plan(NamedTuple):
+    """The launches of one call."""
+
+    launches: tuple[tuple[Kernel, bytes], ...]  # each with the first half of its argument block
+    threads: int
+    scratch: int  # float64 values of working memory
+    channels: int
+    seen: layout.Layout
+    copied: tuple[str, ...]  # the tensors that kernels cannot read as they lie in memory
+
+    def run(self, what: bytes) -> None:
+        for kernel, how in self.launches:
+            launch(kernel, how + what, self.threads)
+
+    def readable(self, name: str, t: Tensor) -> Tensor:
+        """``t``, or a copy that the kernels can read."""
+        return self.seen.empty(t).copy_(t) if name in self.copied else t
+
+
+def find(
+    operation: str,
+    x: Tensor,
+    given: dict[str, Tensor | None],
+    written: tuple[str, ...],
+    activation: Activation,
+    parameter: Tensor | None,
+    statistic: torch.dtype,
+    running: Tensor | None = None,
+) -> Plan:
+    """The plan of ``operation`` (a kernel's name) on ``x``.
+
+    Arguments:
+        given: the other tensors of x's size that are read, by their name in PLACES
+        written: the names of those that will be made like x and written
+        parameter: weight or bias, for their dtype
+        statistic: dtype of the mean and variance that are read
+        running: a running statistic, for its dtype
+    """
+    threads = threads_for(x.numel())
+    key = (
+        operation, x.shape, x.stride(), x.dtype, threads, written, activation.name,
+        tuple([None if t is None else t.stride() for t in given.values()]),
+        None if parameter is None else parameter.dtype, statistic, None if running is None else running.dtype,
+    )  # fmt: skip
+    found = _plans.get(key)
+    if found is None:
+        found = _make(operation, x, given, written, activation, parameter, statistic, running, threads)
+        if len(_plans) >= KEPT:
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def _make(
+    operation: str,
+    x: Tensor,
+    given: dict[str, Tensor | None],
+    written: tuple[str, ...],
+    activation: Activation,
+    parameter: Tensor | None,
+    statistic: torch.dtype,
+    running: Tensor | None,
+    threads: int,
+) -> Plan:
+    seen = layout.of(x)
+    outer, channels, inner = (_product(x.shape, dims) for dims in (seen.outer, (1,), seen.inner))
+    by_channel = inner > 1
+    made = seen.empty(x)
+    like_x = _steps(seen, made, by_channel)
+    assert like_x is not None
+    steps: dict[str, tuple[int, int]] = {name: like_x for name in written}
+    copied = []
+    for name, t in {"x": x, **given}.items():
+        if t is None:
+            continue
+        own = _steps(seen, t, by_channel)
+        if own is None:
+            copied.append(name)
+        steps[name] = own or like_x
+    family = outside.family(outer, inner) if by_channel else inside
+    split = by_channel and outside.in_phases(outer, channels, inner, threads)
+    if by_channel:
+        scratch = outside.scratch(outer, channels, inner) if split else 0
+    else:
+        scratch = inside.scratch(outer, inner, channels, 8 if x.dtype == torch.float64 else 4, threads)
+    name, bytes_out = DTYPES[x.dtype], made.numel() * made.element_size()
+    how = (
+        outer, channels, inner,
+        *(step for place in PLACES for step in steps.get(place, (0, 0))),
+        CODES[torch.float32 if parameter is None else parameter.dtype], CODES[statistic],
+        CODES[torch.float32 if running is None else running.dtype],
+        ACTIVATIONS[activation.name], int(bytes_out >= STREAM_FROM),
+    )  # fmt: skip
+    launches = []
+    for kernel, phase in _order(operation, split, () if by_channel else inside.phases(threads)):
+        if by_channel and kernel == "BACKWARD_EVAL":
+            kernel = "BACKWARD"  # tells the two apart by COUNT
+        compiled = getattr(family, kernel)[name]
+        launches.append((compiled, block.pack_how(-1, threads, phase, *how)))
+    return Plan(tuple(launches), threads, scratch, channels, seen, tuple(copied))
+
+
+def _order(operation: str, split: bool, phases: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Kernels and their PHASE, in order."""
+    if split:
+        # Too few channels to go round: the parts of all channels are shared out, measured, merged and then used.
+        in_parts = {
+            "FORWARD": [("FORWARD", 1), ("FORWARD", 2), ("NORMALIZE", 0)],
+            "MOMENTS": [("MOMENTS", 1), ("MOMENTS", 2)],
+            "BACKWARD": [("BACKWARD_SUMS", 1), ("BACKWARD_SUMS", 2), ("BACKWARD_INPUT", 0)],
+            "BACKWARD_EVAL": [("BACKWARD_SUMS", 1), ("BACKWARD_SUMS", 2), ("BACKWARD_INPUT", 0)],
+            "BACKWARD_SUMS": [("BACKWARD_SUMS", 1), ("BACKWARD_SUMS", 2)],
+        }
+        return in_parts.get(operation, [(operation, 0)])
+    if operation in ("NORMALIZE", "BACKWARD_INPUT"):
+        return [(operation, 0)]
+    return [(operation, phase) for phase in phases or (0,)]
+
+
+def _steps(seen: layout.Layout, t: Tensor, by_channel: bool) -> tuple[int, int] | None:
+    """The two strides that the kernels step by, or None where ``t`` does not lie so that they can."""
+    strides = t.stride()
+    outer = layout.merged_stride(seen.shape, strides, seen.outer)
+    inner = layout.merged_stride(seen.shape, strides, seen.inner)
+    if outer is None or inner is None:
+        return None
+    channel = strides[1] if seen.shape[1] > 1 else 1
+    if by_channel:
+        return (outer, channel) if inner == 1 else None
+    return (outer, 0) if channel == 1 else None
+
+
+def _product(shape: torch.Size, dims: tuple[int, ...]) -> int:
+    result = 1
+    for d in dims:
+        result *= shape[d]
+    return result
