@@ -110,7 +110,7 @@ def _make(
     made = seen.empty(x)
     like_x = _steps(seen, made, by_channel)
     assert like_x is not None
-    steps: dict[str, tuple[int, int]] = {name: like_x for name in written}
+    steps: dict[str, tuple[int, int]] = dict.fromkeys(written, like_x)
     copied = []
     for name, t in {"x": x, **given}.items():
         if t is None:
