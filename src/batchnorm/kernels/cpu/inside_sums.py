@@ -1,0 +1,207 @@
+"""The first sweep of the channel-inside kernels: two sums per column over the rows of a chunk.
+
+Forward: sums of x - shift and of its square, about a shift per channel that is the mean of a few rows spread
+over the tensor, so that the second sum keeps its digits. Backward: sums of dz and of dz * (x - hi).
+
+Sums over a tile of up to 16 rows are kept in registers, sums over the up to 32 tiles of a chunk in the first-level
+cache, both in the computing type; sums of chunks are float64. In so short chains rounding errors come to about 1e-7.
+"""
+
+from __future__ import annotations
+
+from batchnorm.kernels.cpu import block as slots
+from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, below, rows_in, rows_of
+from batchnorm.kernels.cpu.inside_wide import (
+    inlined,
+    pasted,
+    plain,
+    prefetch,
+    wide,
+    wide_as_stored,
+    wide_finite,
+    wide_keep_unless_negative,
+    wide_load,
+    wide_splat,
+    wide_store,
+    wide_store_float64,
+    wide_where_above,
+    wide_zero,
+)
+from batchnorm.kernels.cpu.scalars import load, slot_float, store
+from batchnorm.kernels.cpu.vectors import vadd, vfirst, vfma, vmul, vsub
+
+SAMPLES = 8  # rows whose mean is the shift
+
+
+@inlined
+def at_column(column, w, arrays):  # type: ignore[no-untyped-def]
+    """Where a column stands in the first of so many arrays that take turns, wide vector by wide vector."""
+    return (column - column % w) * arrays + column % w
+
+
+@plain
+def find_shift(block, c, sums, element):  # type: ignore[no-untyped-def]
+    """The shift of each column, before its sums: the mean of some rows, or 0 where that is not finite.
+
+    A channel of equal values must have exactly that value, and so variance 0: hence a mean that moves by
+    differences. It is rounded to the tensor's dtype: the differences of 16-bit values are then exact, and rounding
+    the same few values always the same way would add up.
+    """
+    x = rows_of(block, slots.X, c, 0, element)
+    channels, w = block[slots.CHANNELS], wide(element)
+    for j in range(0, channels, w):
+        count = min(w, channels - j)
+        shift = wide_load(x.base, j, count)
+        for sample in range(1, SAMPLES):
+            r = c.outer * c.inner * sample // SAMPLES
+            at = r // c.inner * block[slots.X_OUTER] + r % c.inner * x.step
+            d = vsub(wide_load(x.base, at + j, count), shift)
+            shift = vfma(d, wide_splat(element, 1.0 / (sample + 1)), shift)
+        wide_store(sums, 3 * j, wide_as_stored(x.base, wide_finite(shift)), None)
+    for column in range(channels, c.columns):
+        store(sums, at_column(column, w, 3), load(sums, at_column(column - channels, w, 3)))
+
+
+@pasted
+def clear_sums(c, sums, element):  # type: ignore[no-untyped-def]
+    """Start a chunk."""
+    w = wide(element)
+    for j in range(0, c.padded, w):
+        wide_store(sums, 3 * j + w, wide_zero(element), None)
+        wide_store(sums, 3 * j + 2 * w, wide_zero(element), None)
+
+
+@pasted
+def keep_sums(c, sums, partial, rows, element):  # type: ignore[no-untyped-def]
+    """Write the sums of a chunk, and how many rows it has (the caller's count: rows of the tensor, or weights)."""
+    w = wide(element)
+    for j in range(0, c.padded, w):
+        wide_store_float64(partial, j, wide_load(sums, 3 * j + w, None))
+        wide_store_float64(partial, c.padded + j, wide_load(sums, 3 * j + 2 * w, None))
+    store(partial, 2 * c.padded, rows)
+
+
+@pasted
+def _add(sums, at, value):  # type: ignore[no-untyped-def]
+    wide_store(sums, at, vadd(wide_load(sums, at, None), value), None)
+
+
+@inlined
+def _moments_strip(x, rows, ahead, sums, j, count, element):  # type: ignore[no-untyped-def]
+    """One wide vector of columns down the rows of a tile."""
+    w = wide(element)
+    shift = wide_load(sums, 3 * j, None)
+    total, squares = wide_zero(element), wide_zero(element)
+    at = j
+    for _ in range(rows):
+        prefetch(x.base, at + ahead * x.step)
+        d = vsub(wide_load(x.base, at, count), shift)
+        if count is not None:
+            d = vfirst(d, count)
+        total = vadd(total, d)
+        squares = vfma(d, d, squares)
+        at += x.step
+    _add(sums, 3 * j + w, total)
+    _add(sums, 3 * j + 2 * w, squares)
+
+
+@pasted
+def _moments_tile(x, rows, ahead, columns, sums, element):  # type: ignore[no-untyped-def]
+    w = wide(element)
+    whole = columns - columns % w
+    for j in range(0, whole, w):
+        _moments_strip(x, rows, ahead, sums, j, None, element)
+    if whole < columns:
+        _moments_strip(x, rows, ahead, sums, whole, columns - whole, element)
+
+
+@pasted
+def moments_chunk(block, c, chunk, sums, partial, element):  # type: ignore[no-untyped-def]
+    """The partial sums of x - shift and of its square."""
+    x = rows_of(block, slots.X, c, chunk, element)
+    rows, rest = rows_in(c, chunk)
+    clear_sums(c, sums, element)
+    r = 0
+    while r < rows + min(rest, 1):
+        here, columns = min(c.tile, rows - r), c.columns
+        if here == 0:  # the shorter row after the others
+            here, columns = 1, rest
+        _moments_tile(below(x, r), here, c.ahead, columns, sums, element)
+        r += here
+    keep_sums(c, sums, partial, rows * c.fold + rest // block[slots.CHANNELS], element)
+
+
+@inlined
+def gated(dy, z, activation, slope):  # type: ignore[no-untyped-def]
+    """dz of z = what the activation was given (or of its output). As PyTorch: relu lets dy through where z is NaN."""
+    if activation == slots.RELU:
+        dy = wide_keep_unless_negative(z, dy)
+    elif activation == slots.LEAKY_RELU:
+        dy = wide_where_above(z, dy, vmul(dy, slope))
+    return dy
+
+
+@inlined
+def _gradient_strip(  # type: ignore[no-untyped-def]
+    dy, x, y, from_y, rows, ahead, coefficients, sums, j, count, activation, slope, element
+):
+    w = wide(element)
+    hi = wide_load(coefficients, COEFFICIENTS * j, None)
+    a = wide_load(coefficients, COEFFICIENTS * j + w, None)
+    b = wide_load(coefficients, COEFFICIENTS * j + 2 * w, None)
+    total, products = wide_zero(element), wide_zero(element)
+    dy_at, x_at, y_at = j, j, j
+    for _ in range(rows):
+        prefetch(dy.base, dy_at + ahead * dy.step)
+        prefetch(x.base, x_at + ahead * x.step)
+        dz = wide_load(dy.base, dy_at, count)
+        d = vsub(wide_load(x.base, x_at, count), hi)
+        if from_y:
+            prefetch(y.base, y_at + ahead * y.step)
+            dz = gated(dz, wide_load(y.base, y_at, count), activation, slope)
+            y_at += y.step
+        else:
+            dz = gated(dz, vfma(d, a, b), activation, slope)
+        total = vadd(total, dz)
+        products = vfma(dz, d, products)
+        dy_at += dy.step
+        x_at += x.step
+    _add(sums, 3 * j + w, total)
+    _add(sums, 3 * j + 2 * w, products)
+
+
+@pasted
+def _gradient_tile(  # type: ignore[no-untyped-def]
+    dy, x, y, from_y, rows, ahead, columns, coefficients, sums, activation, slope, element
+):
+    w = wide(element)
+    whole = columns - columns % w
+    for j in range(0, whole, w):
+        _gradient_strip(
+            dy, x, y, from_y, rows, ahead, coefficients, sums, j, None, activation, slope, element
+        )
+    if whole < columns:
+        _gradient_strip(
+            dy, x, y, from_y, rows, ahead, coefficients, sums, whole, columns - whole, activation, slope, element
+        )
+
+
+@pasted
+def gradient_chunk(block, c, chunk, coefficients, sums, partial, element):  # type: ignore[no-untyped-def]
+    """The partial sums of dz and of dz * (x - hi)."""
+    dy, x = rows_of(block, slots.DY, c, chunk, element), rows_of(block, slots.X, c, chunk, element)
+    y, from_y = rows_of(block, slots.Y, c, chunk, element), block[slots.Y] != 0
+    activation, slope = block[slots.ACTIVATION], wide_splat(element, slot_float(block, slots.SLOPE))
+    rows, rest = rows_in(c, chunk)
+    clear_sums(c, sums, element)
+    r = 0
+    while r < rows + min(rest, 1):
+        here, columns = min(c.tile, rows - r), c.columns
+        if here == 0:  # the shorter row after the others
+            here, columns = 1, rest
+        _gradient_tile(
+            below(dy, r), below(x, r), below(y, r), from_y, here, c.ahead, columns, coefficients, sums,
+            activation, slope, element,
+        )  # fmt: skip
+        r += here
+    keep_sums(c, sums, partial, rows * c.fold + rest // block[slots.CHANNELS], element)
