@@ -78,7 +78,7 @@ def kernels(name: str, body: Any) -> dict[str, Kernel]:
 def _template(name: str, digest: str) -> Callable[..., None]:
     def entry(block):  # type: ignore[no-untyped-def]
         name, digest  # noqa: B018  # being in the closure they are in the cache's key
-        body(block, element)  # noqa: F821  # globals of the entry
+        body(block, element)  # type: ignore[name-defined]  # noqa: F821  # globals of the entry
 
     return entry
 
@@ -135,7 +135,7 @@ _thread_num = types.ExternalFunction("batchnorm_omp_get_thread_num", types.int32
 _num_threads = types.ExternalFunction("batchnorm_omp_get_num_threads", types.int32())
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def my_share(block):  # type: ignore[no-untyped-def]
     """(which thread this is, of how many): see slots THREAD and THREADS."""
     if block[THREADS] == 1:

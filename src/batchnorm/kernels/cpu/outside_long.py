@@ -12,10 +12,10 @@ BACKWARD_SUMS      SUMS, and dweight and dbias if not 0                         
 BACKWARD_INPUT     dx, dresidual from SUMS and COUNT                                            0
 =================  ===========================================================================  =================
 
-PHASE 0 divides the channels among the threads, and NORMALIZE and BACKWARD_INPUT the chunks of all channels. Where there
-are too few channels to go round, launch FORWARD, MOMENTS or BACKWARD_SUMS with PHASE 1 (chunks divided among the threads,
-partial results into SCRATCH) and then PHASE 2 (SCRATCH merged), and then NORMALIZE or BACKWARD_INPUT. The bits are the
-same either way.
+PHASE 0 divides the channels among the threads, and NORMALIZE and BACKWARD_INPUT the chunks of all channels. Where
+there are too few channels to go round, launch FORWARD, MOMENTS or BACKWARD_SUMS with PHASE 1 (chunks divided among
+the threads, partial results into SCRATCH) and then PHASE 2 (SCRATCH merged), and then NORMALIZE or BACKWARD_INPUT.
+The bits are the same either way.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ stretches of kilobytes. A channel's sums do not depend on which run it lies in.
 
 from __future__ import annotations
 
+import math
+
 from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
-from batchnorm.kernels.cpu.scalars import load
+from batchnorm.kernels.cpu.scalars import load, real
 from batchnorm.kernels.cpu.vectors import (
     lanes,
     prefetch,
@@ -22,7 +24,6 @@ from batchnorm.kernels.cpu.vectors import (
     vload,
     vload_some,
     vmul,
-    vput,
     vsplat,
     vstore,
     vstore_some,
@@ -64,92 +65,82 @@ def spread(places, channel, inner, value, element):  # type: ignore[no-untyped-d
 
 @plain
 def fold(places, channel, inner, element):  # type: ignore[no-untyped-def]
-    """The sum over all places of a channel, in float64."""
+    """The sum over all places of a channel: in as many lanes as a vector has, and these in float64."""
     step = lanes(element)
     at, end = channel * inner, channel * inner + inner
-    total = 0.0
+    total = vsplat(element, 0.0)
     while at + step <= end:
-        total += vsum(vload(places, at))
+        total = vadd(total, vload(places, at))
         at += step
     if at < end:
-        total += vsum(vload_some(places, at, end - at))
-    return total
+        total = vadd(total, vload_some(places, at, end - at))
+    return vsum(total)
 
 
 @plain
-def fold_about_first(places, channel, inner, element):  # type: ignore[no-untyped-def]
-    """The mean over all places of a channel: exactly their value where they are all the same."""
+def shift_of_channel(x, start, stride, samples, inner, element):  # type: ignore[no-untyped-def]
+    """The mean of a channel over its first 4, 2 or 1 samples; exactly their value where they are all the same;
+    0 where it is not finite.
+    """
     step = lanes(element)
-    at, end = channel * inner, channel * inner + inner
-    first = load(places, at)
-    origin = vsplat(element, first)
-    total = 0.0
-    while at + step <= end:
-        total += vsum(vsub(vload(places, at), origin))
-        at += step
-    if at < end:
-        total += vsum(vfirst(vsub(vload_some(places, at, end - at), origin), end - at))
-    return float64(first) + total / inner
+    taken = 4 if samples >= 4 else 2 if samples >= 2 else 1
+    first = load(x, start)
+    origin = vsplat(element, first * taken)
+    total = vsplat(element, 0.0)
+    for i in range(0, inner, step):
+        size = min(step, inner - i)
+        v = vtake(x, start + i, size, step)
+        if taken > 1:
+            v = vadd(v, vtake(x, start + stride + i, size, step))
+        if taken > 2:
+            w = vtake(x, start + 2 * stride + i, size, step)
+            v = vadd(v, vadd(w, vtake(x, start + 3 * stride + i, size, step)))
+        v = vsub(v, origin)
+        total = vadd(total, v if size == step else vfirst(v, size))
+    shift = real(element, float64(first) + vsum(total) / (taken * inner))
+    return shift if math.isfinite(shift) else real(element, 0.0)
 
 
-@plain
-def sample_run(x, start, stride, samples, width, sums, element):  # type: ignore[no-untyped-def]
-    """sums = the mean over the first 4, 2 or 1 samples for each place of the run (exact where they are the same)."""
-    step = lanes(element)
-    quarter, half = vsplat(element, 0.25), vsplat(element, 0.5)
-    for i in range(0, width, step):
-        size = min(step, width - i)
-        v = vload_some(x, start + i, size)
-        if samples >= 2:
-            v = vadd(v, vload_some(x, start + stride + i, size))
-        if samples >= 4:
-            w = vload_some(x, start + 2 * stride + i, size)
-            w = vadd(w, vload_some(x, start + 3 * stride + i, size))
-            vstore(sums, i, vmul(vadd(v, w), quarter))
-        elif samples >= 2:
-            vstore(sums, i, vmul(v, half))
-        else:
-            vstore(sums, i, v)
+@inlined
+def clear(a, b, width, element):  # type: ignore[no-untyped-def]
+    """Zero in all places."""
+    zero = vsplat(element, 0.0)
+    for i in range(0, width, lanes(element)):
+        vstore(a, i, zero)
+        vstore(b, i, zero)
+
+
+@inlined
+def measure_four(x, at, stride, shifts, sums, squares, i, size, step):  # type: ignore[no-untyped-def]
+    """Four samples of one vector of places into the sums of d and d * d."""
+    k = vload(shifts, i)
+    for ahead in range(4, 8):
+        prefetch(x, at + ahead * stride, 0)
+    d0, d1 = vsub(vtake(x, at, size, step), k), vsub(vtake(x, at + stride, size, step), k)
+    d2, d3 = vsub(vtake(x, at + 2 * stride, size, step), k), vsub(vtake(x, at + 3 * stride, size, step), k)
+    vstore(sums, i, vadd(vload(sums, i), vadd(vadd(d0, d1), vadd(d2, d3))))
+    q = vfma(d3, d3, vfma(d2, d2, vfma(d1, d1, vmul(d0, d0))))
+    vstore(squares, i, vadd(vload(squares, i), q))
 
 
 @plain
 def moments_of_run(x, start, stride, samples, width, shifts, sums, squares, element):  # type: ignore[no-untyped-def]
     """sums, squares = sum of d and of d * d over the samples, d = x - shift, for each place of the run."""
     step = lanes(element)
-    zero = vsplat(element, 0.0)
-    for i in range(0, width, step):
-        vstore(sums, i, zero)
-        vstore(squares, i, zero)
+    whole = width // step * step
+    clear(sums, squares, width, element)
     n = 0
     while n + 4 <= samples:
-        p0 = start + n * stride
-        p1, p2, p3 = p0 + stride, p0 + 2 * stride, p0 + 3 * stride
-        i = 0
-        while i + step <= width:
-            k = vload(shifts, i)
-            prefetch(x, p0 + 4 * stride + i, 0)
-            prefetch(x, p1 + 4 * stride + i, 0)
-            prefetch(x, p2 + 4 * stride + i, 0)
-            prefetch(x, p3 + 4 * stride + i, 0)
-            d0, d1 = vsub(vload(x, p0 + i), k), vsub(vload(x, p1 + i), k)
-            d2, d3 = vsub(vload(x, p2 + i), k), vsub(vload(x, p3 + i), k)
-            vstore(sums, i, vadd(vload(sums, i), vadd(vadd(d0, d1), vadd(d2, d3))))
-            q = vfma(d3, d3, vfma(d2, d2, vfma(d1, d1, vmul(d0, d0))))
-            vstore(squares, i, vadd(vload(squares, i), q))
-            i += step
-        if i < width:
-            size = width - i
-            k = vload(shifts, i)
-            d0, d1 = vsub(vload_some(x, p0 + i, size), k), vsub(vload_some(x, p1 + i, size), k)
-            d2, d3 = vsub(vload_some(x, p2 + i, size), k), vsub(vload_some(x, p3 + i, size), k)
-            vstore(sums, i, vadd(vload(sums, i), vadd(vadd(d0, d1), vadd(d2, d3))))
-            q = vfma(d3, d3, vfma(d2, d2, vfma(d1, d1, vmul(d0, d0))))
-            vstore(squares, i, vadd(vload(squares, i), q))
+        at = start + n * stride
+        for i in range(0, whole, step):
+            measure_four(x, at + i, stride, shifts, sums, squares, i, step, step)
+        if whole < width:
+            measure_four(x, at + whole, stride, shifts, sums, squares, whole, width - whole, step)
         n += 4
     while n < samples:
-        p0 = start + n * stride
+        at = start + n * stride
         for i in range(0, width, step):
-            d0 = vsub(vload_some(x, p0 + i, min(step, width - i)), vload(shifts, i))
+            d0 = vsub(vtake(x, at + i, min(step, width - i), step), vload(shifts, i))
             vstore(sums, i, vadd(vload(sums, i), d0))
             vstore(squares, i, vfma(d0, d0, vload(squares, i)))
         n += 1
@@ -164,6 +155,15 @@ def emit(y, at, value, size, step, stream):  # type: ignore[no-untyped-def]
         vstream(y, at, value)
     else:
         vstore(y, at, value)
+
+
+@inlined
+def normalize_one(x, at, y, to, residual, res, i, size, step, hi, a, b, activation, slope, stream):  # type: ignore[no-untyped-def]
+    """One sample of one vector of places."""
+    z = vfma(vsub(vtake(x, at, size, step), vload(hi, i)), vload(a, i), vload(b, i))
+    if res >= 0:
+        z = vadd(z, vtake(residual, res, size, step))
+    emit(y, to, activated(z, activation, slope), size, step, stream)
 
 
 @plain
@@ -189,21 +189,17 @@ def normalize_run(
 ):  # type: ignore[no-untyped-def]
     """y = activation((x - hi) * a + b [+ residual, where res >= 0]) for a run of channels in all samples, backwards."""
     step = lanes(element)
+    whole = width // step * step
     slope_ = vsplat(element, slope)
     n = samples
     while n > 0:
         here = 4 if n >= 4 else 1
         n -= here
-        p0, r0, s0 = at + n * x_stride, to + n * y_stride, res + n * res_stride
-        for i in range(0, width, step):
-            size = min(step, width - i)
-            hi_, a_, b_ = vload(hi, i), vload(a, i), vload(b, i)
-            if here == 4 and size == step:
-                if not stream:
-                    prefetch(y, r0 - 4 * y_stride + i, 1)
-                    prefetch(y, r0 - 3 * y_stride + i, 1)
-                    prefetch(y, r0 - 2 * y_stride + i, 1)
-                    prefetch(y, r0 - y_stride + i, 1)
+        done = 0
+        if here == 4:
+            p0, r0, s0 = at + n * x_stride, to + n * y_stride, res + n * res_stride
+            for i in range(0, whole, step):
+                hi_, a_, b_ = vload(hi, i), vload(a, i), vload(b, i)
                 z0 = vfma(vsub(vload(x, p0 + i), hi_), a_, b_)
                 z1 = vfma(vsub(vload(x, p0 + x_stride + i), hi_), a_, b_)
                 z2 = vfma(vsub(vload(x, p0 + 2 * x_stride + i), hi_), a_, b_)
@@ -218,16 +214,74 @@ def normalize_run(
                     z1 = activated(z1, activation, slope_)
                     z2 = activated(z2, activation, slope_)
                     z3 = activated(z3, activation, slope_)
-                emit(y, r0 + i, z0, step, step, stream)
-                emit(y, r0 + y_stride + i, z1, step, step, stream)
-                emit(y, r0 + 2 * y_stride + i, z2, step, step, stream)
-                emit(y, r0 + 3 * y_stride + i, z3, step, step, stream)
-            else:
-                for j in range(here):
-                    z0 = vfma(vsub(vtake(x, p0 + j * x_stride + i, size, step), hi_), a_, b_)
-                    if res >= 0:
-                        z0 = vadd(z0, vtake(residual, s0 + j * res_stride + i, size, step))
-                    emit(y, r0 + j * y_stride + i, activated(z0, activation, slope_), size, step, stream)
+                if stream:
+                    vstream(y, r0 + i, z0)
+                    vstream(y, r0 + y_stride + i, z1)
+                    vstream(y, r0 + 2 * y_stride + i, z2)
+                    vstream(y, r0 + 3 * y_stride + i, z3)
+                else:
+                    for ahead in range(1, 5):
+                        prefetch(y, r0 - ahead * y_stride + i, 1)
+                    vstore(y, r0 + i, z0)
+                    vstore(y, r0 + y_stride + i, z1)
+                    vstore(y, r0 + 2 * y_stride + i, z2)
+                    vstore(y, r0 + 3 * y_stride + i, z3)
+            done = whole
+        for m in range(n, n + here):
+            s0 = res + m * res_stride if res >= 0 else -1
+            for i in range(done, width, step):
+                normalize_one(
+                    x,
+                    at + m * x_stride + i,
+                    y,
+                    to + m * y_stride + i,
+                    residual,
+                    s0 + i if s0 >= 0 else -1,
+                    i,
+                    min(step, width - i),
+                    step,
+                    hi,
+                    a,
+                    b,
+                    activation,
+                    slope_,
+                    stream,
+                )
+
+
+@inlined
+def gate(g, d, y, at_y, a, b, i, size, step, activation, slope):  # type: ignore[no-untyped-def]
+    """dz, by the sign of y where at_y >= 0, else by that of d * a + b."""
+    if activation != slots.IDENTITY:
+        if at_y >= 0:
+            g = gated(g, vtake(y, at_y, size, step), activation, slope)
+        else:
+            g = gated(g, vfma(d, vload(a, i), vload(b, i)), activation, slope)
+    return g
+
+
+@inlined
+def add_four(
+    dy, p, dy_stride, x, q, x_stride, y, r, y_stride, hi, a, b, sums, products, i, size, step, activation, slope
+):  # type: ignore[no-untyped-def]
+    """Four samples of one vector of places into the sums of dz and dz * (x - hi); r < 0: gated by x."""
+    hi_ = vload(hi, i)
+    for ahead in range(4, 8):
+        prefetch(dy, p + ahead * dy_stride, 0)
+        prefetch(x, q + ahead * x_stride, 0)
+    g0, g1 = vtake(dy, p, size, step), vtake(dy, p + dy_stride, size, step)
+    g2, g3 = vtake(dy, p + 2 * dy_stride, size, step), vtake(dy, p + 3 * dy_stride, size, step)
+    d0, d1 = vsub(vtake(x, q, size, step), hi_), vsub(vtake(x, q + x_stride, size, step), hi_)
+    d2, d3 = vsub(vtake(x, q + 2 * x_stride, size, step), hi_), vsub(vtake(x, q + 3 * x_stride, size, step), hi_)
+    if activation != slots.IDENTITY:
+        hop = y_stride if r >= 0 else 0
+        g0 = gate(g0, d0, y, r, a, b, i, size, step, activation, slope)
+        g1 = gate(g1, d1, y, r + hop, a, b, i, size, step, activation, slope)
+        g2 = gate(g2, d2, y, r + 2 * hop, a, b, i, size, step, activation, slope)
+        g3 = gate(g3, d3, y, r + 3 * hop, a, b, i, size, step, activation, slope)
+    vstore(sums, i, vadd(vload(sums, i), vadd(vadd(g0, g1), vadd(g2, g3))))
+    t = vfma(g3, d3, vfma(g2, d2, vfma(g1, d1, vmul(g0, d0))))
+    vstore(products, i, vadd(vload(products, i), t))
 
 
 @plain
@@ -257,49 +311,68 @@ def sums_of_run(
     dz is gated by y where at_y >= 0, else by (x - hi) * a + b.
     """
     step = lanes(element)
+    whole = width // step * step
     slope_ = vsplat(element, slope)
-    zero = vsplat(element, 0.0)
-    for i in range(0, width, step):
-        vstore(sums, i, zero)
-        vstore(products, i, zero)
+    clear(sums, products, width, element)
     n = 0
+    while n + 4 <= samples:
+        p, q, r = at_dy + n * dy_stride, at_x + n * x_stride, at_y + n * y_stride
+        for i in range(0, whole, step):
+            add_four(
+                dy,
+                p + i,
+                dy_stride,
+                x,
+                q + i,
+                x_stride,
+                y,
+                r + i if at_y >= 0 else -1,
+                y_stride,
+                hi,
+                a,
+                b,
+                sums,
+                products,
+                i,
+                step,
+                step,
+                activation,
+                slope_,
+            )
+        if whole < width:
+            i = whole
+            add_four(
+                dy,
+                p + i,
+                dy_stride,
+                x,
+                q + i,
+                x_stride,
+                y,
+                r + i if at_y >= 0 else -1,
+                y_stride,
+                hi,
+                a,
+                b,
+                sums,
+                products,
+                i,
+                width - i,
+                step,
+                activation,
+                slope_,
+            )
+        n += 4
     while n < samples:
-        here = 2 if n + 2 <= samples else 1
-        p0, q0, r0 = at_dy + n * dy_stride, at_x + n * x_stride, at_y + n * y_stride
+        p, q, r = at_dy + n * dy_stride, at_x + n * x_stride, at_y + n * y_stride
         for i in range(0, width, step):
             size = min(step, width - i)
-            hi_ = vload(hi, i)
-            s, t = vload(sums, i), vload(products, i)
-            if here == 2:  # in the last vector too: the order of additions must not depend on where a run ends
-                prefetch(dy, p0 + 2 * dy_stride + i, 0)
-                prefetch(dy, p0 + 3 * dy_stride + i, 0)
-                prefetch(x, q0 + 2 * x_stride + i, 0)
-                prefetch(x, q0 + 3 * x_stride + i, 0)
-                g0, g1 = vtake(dy, p0 + i, size, step), vtake(dy, p0 + dy_stride + i, size, step)
-                d0, d1 = vsub(vtake(x, q0 + i, size, step), hi_), vsub(vtake(x, q0 + x_stride + i, size, step), hi_)
-                if activation != slots.IDENTITY:
-                    if at_y >= 0:
-                        g0 = gated(g0, vtake(y, r0 + i, size, step), activation, slope_)
-                        g1 = gated(g1, vtake(y, r0 + y_stride + i, size, step), activation, slope_)
-                    else:
-                        a_, b_ = vload(a, i), vload(b, i)
-                        g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
-                        g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
-                s = vadd(s, vadd(g0, g1))
-                t = vadd(t, vfma(g1, d1, vmul(g0, d0)))
-            else:
-                g0 = vtake(dy, p0 + i, size, step)
-                d0 = vsub(vtake(x, q0 + i, size, step), hi_)
-                if activation != slots.IDENTITY:
-                    if at_y >= 0:
-                        g0 = gated(g0, vtake(y, r0 + i, size, step), activation, slope_)
-                    else:
-                        g0 = gated(g0, vfma(d0, vload(a, i), vload(b, i)), activation, slope_)
-                s = vadd(s, g0)
-                t = vfma(g0, d0, t)
-            vstore(sums, i, s)
-            vstore(products, i, t)
-        n += here
+            d = vsub(vtake(x, q + i, size, step), vload(hi, i))
+            g = vtake(dy, p + i, size, step)
+            g = gate(g, d, y, r + i if at_y >= 0 else -1, a, b, i, size, step, activation, slope_)
+            vstore(sums, i, vadd(vload(sums, i), g))
+            vstore(products, i, vfma(g, d, vload(products, i)))
+        n += 1
 
 
 @plain
@@ -333,46 +406,62 @@ def gradient_run(
     stream,
     element,
 ):  # type: ignore[no-untyped-def]
-    """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz itself into dres where `res` >= 0; backwards.
+    """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz into dres where `res` >= 0; backwards.
 
     x is not read unless `centred` (by_x counts) or it gates dz.
     """
     step = lanes(element)
+    whole = width // step * step
     slope_ = vsplat(element, slope)
     common = centred and to >= 0 and res < 0 and at_y < 0
     n = samples
     while n > 0:
-        here = 2 if n >= 2 else 1
+        here = 4 if n >= 4 else 1
         n -= here
-        for i in range(0, width, step):
-            size = min(step, width - i)
-            hi_, e_, f_, h_ = vload(hi, i), vload(by_dz, i), vload(by_x, i), vload(constant, i)
-            if common and here == 2 and size == step:
-                p0, q0, r0 = at_dy + n * dy_stride + i, at_x + n * x_stride + i, to + n * dx_stride + i
-                if not stream:
-                    prefetch(dx, r0 - dx_stride, 1)
-                    prefetch(dx, r0 - 2 * dx_stride, 1)
-                g0, g1 = vload(dy, p0), vload(dy, p0 + dy_stride)
-                d0, d1 = vsub(vload(x, q0), hi_), vsub(vload(x, q0 + x_stride), hi_)
+        done = 0
+        if here == 4 and common:
+            p, q, r = at_dy + n * dy_stride, at_x + n * x_stride, to + n * dx_stride
+            for i in range(0, whole, step):
+                hi_, e_, f_, h_ = vload(hi, i), vload(by_dz, i), vload(by_x, i), vload(constant, i)
+                g0, g1 = vload(dy, p + i), vload(dy, p + dy_stride + i)
+                g2, g3 = vload(dy, p + 2 * dy_stride + i), vload(dy, p + 3 * dy_stride + i)
+                d0, d1 = vsub(vload(x, q + i), hi_), vsub(vload(x, q + x_stride + i), hi_)
+                d2 = vsub(vload(x, q + 2 * x_stride + i), hi_)
+                d3 = vsub(vload(x, q + 3 * x_stride + i), hi_)
                 if activation != slots.IDENTITY:
                     a_, b_ = vload(a, i), vload(b, i)
                     g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
                     g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
-                emit(dx, r0, vfma(e_, g0, vfma(f_, d0, h_)), step, step, stream)
-                emit(dx, r0 + dx_stride, vfma(e_, g1, vfma(f_, d1, h_)), step, step, stream)
-            else:
-                for m in range(n, n + here):
-                    g0 = vtake(dy, at_dy + m * dy_stride + i, size, step)
-                    d0 = vzeros(g0)
-                    if centred or (activation != slots.IDENTITY and at_y < 0):
-                        d0 = vsub(vtake(x, at_x + m * x_stride + i, size, step), hi_)
-                    if activation != slots.IDENTITY:
-                        if at_y >= 0:
-                            g0 = gated(g0, vtake(y, at_y + m * y_stride + i, size, step), activation, slope_)
-                        else:
-                            g0 = gated(g0, vfma(d0, vload(a, i), vload(b, i)), activation, slope_)
-                    if res >= 0:
-                        vput(dres, res + m * res_stride + i, g0, size, step)
-                    if to >= 0:
-                        v0 = vfma(e_, g0, vfma(f_, d0, h_)) if centred else vmul(e_, g0)
-                        emit(dx, to + m * dx_stride + i, v0, size, step, stream)
+                    g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
+                    g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
+                v0, v1 = vfma(e_, g0, vfma(f_, d0, h_)), vfma(e_, g1, vfma(f_, d1, h_))
+                v2, v3 = vfma(e_, g2, vfma(f_, d2, h_)), vfma(e_, g3, vfma(f_, d3, h_))
+                if stream:
+                    vstream(dx, r + i, v0)
+                    vstream(dx, r + dx_stride + i, v1)
+                    vstream(dx, r + 2 * dx_stride + i, v2)
+                    vstream(dx, r + 3 * dx_stride + i, v3)
+                else:
+                    for ahead in range(1, 5):
+                        prefetch(dx, r - ahead * dx_stride + i, 1)
+                    vstore(dx, r + i, v0)
+                    vstore(dx, r + dx_stride + i, v1)
+                    vstore(dx, r + 2 * dx_stride + i, v2)
+                    vstore(dx, r + 3 * dx_stride + i, v3)
+            done = whole
+        for m in range(n, n + here):
+            for i in range(done, width, step):
+                size = min(step, width - i)
+                g = vtake(dy, at_dy + m * dy_stride + i, size, step)
+                d = vzeros(g)
+                if centred or (activation != slots.IDENTITY and at_y < 0):
+                    d = vsub(vtake(x, at_x + m * x_stride + i, size, step), vload(hi, i))
+                r = at_y + m * y_stride + i if at_y >= 0 else -1
+                g = gate(g, d, y, r, a, b, i, size, step, activation, slope_)
+                if res >= 0:
+                    emit(dres, res + m * res_stride + i, g, size, step, False)
+                if to >= 0:
+                    v = vmul(vload(by_dz, i), g)
+                    if centred:
+                        v = vfma(vload(by_dz, i), g, vfma(vload(by_x, i), d, vload(constant, i)))
+                    emit(dx, to + m * dx_stride + i, v, size, step, stream)

@@ -26,12 +26,11 @@ from batchnorm.kernels.cpu.outside_runs import (
     PLACES,
     SLACK,
     fold,
-    fold_about_first,
     gradient_run,
     moments_of_run,
     normalize_run,
-    sample_run,
     samples_in_chunk,
+    shift_of_channel,
     spread,
     sums_of_run,
 )
@@ -74,10 +73,9 @@ def measure_run(block, channel, here, row, rows, shifts, sums, squares, element)
     """Sums about a shift, one for each channel and spread over `shifts`, for one chunk of a run."""
     inner, stride = block[slots.INNER], block[slots.X_OUTER]
     x, start = pointer(block[slots.X], element), row * stride + channel * block[slots.X_STEP]
-    sample_run(x, start, stride, rows, here * inner, sums, element)
     for k in range(here):
-        shift = real(element, fold_about_first(sums, k, inner, element))
-        spread(shifts, k, inner, shift if math.isfinite(shift) else real(element, 0.0), element)
+        shift = shift_of_channel(x, start + k * block[slots.X_STEP], stride, rows, inner, element)
+        spread(shifts, k, inner, shift, element)
     moments_of_run(x, start, stride, rows, here * inner, shifts, sums, squares, element)
 
 

@@ -76,9 +76,7 @@ def widen(builder: Any, name: str, value: Any, lanes: int = 0) -> Any:
         shifted = builder.shl(builder.zext(value, bits), splat(I32, 16, lanes))
         return builder.bitcast(shifted, shaped(ir.FloatType(), lanes))
     if name == "float16":
-        return builder.fpext(
-            builder.bitcast(value, shaped(ir.HalfType(), lanes)), shaped(ir.FloatType(), lanes)
-        )
+        return builder.fpext(builder.bitcast(value, shaped(ir.HalfType(), lanes)), shaped(ir.FloatType(), lanes))
     return value
 
 
@@ -106,7 +104,7 @@ def splat(scalar: ir.Type, value: int, lanes: int) -> ir.Constant:
     return ir.Constant(shaped(scalar, lanes), [value] * lanes if lanes else value)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typing: Any, address: Any, element: Any) -> Any:
     """The address (int64) as a pointer to elements."""
 
@@ -118,7 +116,7 @@ def pointer(typing: Any, address: Any, element: Any) -> Any:
     return None
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(typing: Any, base: Any, index: Any) -> Any:
     """base[index], as the float that it is computed in."""
 
@@ -131,7 +129,7 @@ def load(typing: Any, base: Any, index: Any) -> Any:
     return None
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing: Any, base: Any, index: Any, value: Any) -> Any:
     """base[index] = value, rounded once."""
 
@@ -145,7 +143,7 @@ def store(typing: Any, base: Any, index: Any, value: Any) -> Any:
     return None
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def real(typing: Any, element: Any, value: Any) -> Any:
     """The number as the float that elements are computed in."""
 
@@ -157,7 +155,7 @@ def real(typing: Any, element: Any, value: Any) -> Any:
     return None
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def slot_float(typing: Any, block: Any, slot: Any) -> Any:
     """The float64 whose bits stand in the block's slot."""
 
@@ -168,7 +166,7 @@ def slot_float(typing: Any, block: Any, slot: Any) -> Any:
     return types.float64(types.CPointer(types.int64), types.int64), code
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def load_channel(address, code, channel):  # type: ignore[no-untyped-def]
     """One value of a per-channel vector of any dtype (a code of ``block.CODES``), as float64."""
     if code == 0:
@@ -180,7 +178,7 @@ def load_channel(address, code, channel):  # type: ignore[no-untyped-def]
     return float64(load(pointer(address, FLOAT16), channel))
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def store_channel(address, code, channel, value):  # type: ignore[no-untyped-def]
     """Write one value (float64) of a per-channel vector of any dtype, rounded once."""
     if code == 0:

@@ -121,9 +121,7 @@ def _run_in_python_threads(kernel: Kernel, block: bytes, threads: int) -> None:
     global _pool
     with _pool_lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(
-                max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="batchnorm"
-            )
+            _pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="batchnorm")
         pool = _pool
     rest = block[8:]
     others = [pool.submit(kernel.alone, _pack_thread(thread) + rest) for thread in range(1, threads)]

@@ -61,21 +61,21 @@ def _elements(base: Any) -> ElementType | None:
     return base.dtype if found else None
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def lanes(typing: Any, element: Any) -> Any:
     """How many elements a vector holds: a constant to the compiler."""
     count = Vector(element.real).lanes
     return types.int64(element), lambda context, builder, signature, args: ir.Constant(I64, count)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def item_bytes(typing: Any, element: Any) -> Any:
     """How many bytes an element has in memory: a constant to the compiler."""
     count = _item_bytes(element)
     return types.int64(element), lambda context, builder, signature, args: ir.Constant(I64, count)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vsplat(typing: Any, element: Any, value: Any) -> Any:
     """The number in every lane."""
 
@@ -87,7 +87,7 @@ def vsplat(typing: Any, element: Any, value: Any) -> Any:
     return Vector(element.real)(element, value), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vzeros(typing: Any, like: Any) -> Any:
     """0 in every lane of a vector of the same type."""
     return like(like), lambda context, builder, signature, args: ir.Constant(signature.return_type.llvm, None)
@@ -109,7 +109,7 @@ def _item_bytes(element: ElementType) -> int:
     return {"float32": 4, "float64": 8}.get(element.element, 2)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vload(typing: Any, base: Any, index: Any) -> Any:
     """base[index : index + LANES]."""
 
@@ -122,7 +122,7 @@ def vload(typing: Any, base: Any, index: Any) -> Any:
     return None if element is None else (Vector(element.real)(base, types.int64), code)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vstore(typing: Any, base: Any, index: Any, value: Any) -> Any:
     """base[index : index + LANES] = value, each rounded once."""
 
@@ -137,7 +137,7 @@ def vstore(typing: Any, base: Any, index: Any, value: Any) -> Any:
     return None if element is None else (types.void(base, types.int64, Vector(element.real)), code)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vstream(typing: Any, base: Any, index: Any, value: Any) -> Any:
     """Like vstore, around the cache; the place must be aligned to the vector's size in memory."""
 
@@ -153,7 +153,7 @@ def vstream(typing: Any, base: Any, index: Any, value: Any) -> Any:
     return None if element is None else (types.void(base, types.int64, Vector(element.real)), code)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def prefetch(typing: Any, base: Any, index: Any, write: Any) -> Any:
     """Ask for the cache line of base[index] into the second-level cache, to be read (write = 0) or written (1).
 
@@ -200,7 +200,7 @@ def _masked(builder: Any, operation: str, element: ElementType, width: int) -> A
     return known if known is not None else ir.Function(builder.module, kind, name)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vload_some(typing: Any, base: Any, index: Any, count: Any) -> Any:
     """base[index : index + count] in the first lanes, 0 in the others; nothing beyond is read."""
 
@@ -217,7 +217,7 @@ def vload_some(typing: Any, base: Any, index: Any, count: Any) -> Any:
     return None if element is None else (Vector(element.real)(base, types.int64, types.int64), code)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vstore_some(typing: Any, base: Any, index: Any, value: Any, count: Any) -> Any:
     """base[index : index + count] = the first lanes of value; nothing beyond is written."""
 
@@ -236,7 +236,7 @@ def vstore_some(typing: Any, base: Any, index: Any, value: Any, count: Any) -> A
     return types.void(base, types.int64, Vector(element.real), types.int64), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vfirst(typing: Any, value: Any, count: Any) -> Any:
     """The first `count` lanes of value, 0 in the others (whatever stood there, NaN too)."""
 
@@ -247,25 +247,25 @@ def vfirst(typing: Any, value: Any, count: Any) -> Any:
     return value(value, types.int64), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vadd(typing: Any, a: Any, b: Any) -> Any:
     """a + b."""
     return a(a, b), lambda context, builder, signature, args: builder.fadd(args[0], args[1])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vsub(typing: Any, a: Any, b: Any) -> Any:
     """a - b."""
     return a(a, b), lambda context, builder, signature, args: builder.fsub(args[0], args[1])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vmul(typing: Any, a: Any, b: Any) -> Any:
     """a * b."""
     return a(a, b), lambda context, builder, signature, args: builder.fmul(args[0], args[1])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vfma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, in one operation where the machine has it."""
 
@@ -279,7 +279,7 @@ def vfma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vwhere_positive(typing: Any, z: Any, a: Any, b: Any) -> Any:
     """Lane by lane: a where z > 0 or z is NaN, else b."""
 
@@ -290,7 +290,7 @@ def vwhere_positive(typing: Any, z: Any, a: Any, b: Any) -> Any:
     return a(z, a, b), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def vsum(typing: Any, value: Any) -> Any:
     """The sum of the lanes, added up in float64."""
 
@@ -311,7 +311,7 @@ def vsum(typing: Any, value: Any) -> Any:
     return types.float64(value), code
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def workspace(typing: Any, element: Any, count: Any) -> Any:
     """`count` (a literal) floats of the element's computing type on the stack, aligned to a cache line."""
 
@@ -328,7 +328,7 @@ def workspace(typing: Any, element: Any, count: Any) -> Any:
     return types.CPointer(ElementType(name))(element, count), code
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def vtake(base, index, size, stop):  # type: ignore[no-untyped-def]
     """vload where size == stop (the number of lanes), vload_some else."""
     if size == stop:
@@ -336,7 +336,7 @@ def vtake(base, index, size, stop):  # type: ignore[no-untyped-def]
     return vload_some(base, index, size)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def vput(base, index, value, size, stop):  # type: ignore[no-untyped-def]
     """vstore where size == stop (the number of lanes), vstore_some else."""
     if size == stop:
