@@ -89,15 +89,14 @@ def batch_norm(
     act = activation_by_name(activation, negative_slope)
     check_input("batch_norm", input)
     if training:
-        if eps <= 0.0:
-            raise ArgumentError(f"batch_norm eps must be positive during training, but got {eps}")
         check_batch_size(input)
-    check_statistics(input, running_mean, running_var, training)
+        check_eps(eps)
+    check_statistics("batch_norm", input, running_mean, running_var, training)
     check_parameters("batch_norm", input, weight, bias)
     if mask is not None or sample_weight is not None:
         mask, sample_weight = check_weights(input, mask, sample_weight, training)
     if residual is not None:
-        residual = check_residual(input, residual)
+        residual = check_residual("batch_norm", input, residual)
     if out is not None:
         check_out(input, (weight, bias, residual), out, training)
     running = None
@@ -171,13 +170,12 @@ def run_traced(
 ) -> Tensor:
     """``run`` where a compiler looks on: the same by operators it can record."""
     options = (eps, activation.name, activation.negative_slope)
-    if batch is not None:
-        population = (batch[0], batch[1])
     if population is not None:
         y: Tensor = operators.infer(x, *population, weight, bias, residual, mask, *options)
         return y if out is None else out.copy_(y)
+    # Measured again where ``batch`` was given: statistics that the gradient flows through have to be found inside.
     y, stats = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
-    if running is not None:
+    if running is not None and batch is None:
         count = eager.count_of(x, mask, sample_weight)
         if not isinstance(count, Tensor):
             count = torch.full_like(stats[0], count)
@@ -217,7 +215,12 @@ def check_batch_size(x: Tensor) -> None:
         raise ArgumentError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
-def check_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool) -> None:
+def check_eps(eps: float) -> None:
+    if eps <= 0.0:
+        raise ArgumentError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool) -> None:
     if (mean is None) != (var is None):
         raise ArgumentError("running_mean and running_var must either both be None or neither be None")
     if mean is None or var is None:
@@ -225,11 +228,11 @@ def check_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None, trainin
             raise MismatchError("running_mean must be defined in evaluation mode")
         return
     for name, r in (("running_mean", mean), ("running_var", var)):
-        _check_channels(x, name, r)
+        _check_channels(function, x, name, r)
         if (x.dtype == torch.float64) != (r.dtype == torch.float64) and not (
             r.dtype == torch.float64 and x.dtype != torch.float64
         ):
-            raise DtypeError(_dtype_message("batch_norm", name, x, r))
+            raise DtypeError(_dtype_message(function, name, x, r))
 
 
 def check_parameters(function: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -237,7 +240,7 @@ def check_parameters(function: str, x: Tensor, weight: Tensor | None, bias: Tens
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue
-        _check_channels(x, name, p)
+        _check_channels(function, x, name, p)
         if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype.itemsize == 2):
             raise DtypeError(_dtype_message(function, name, x, p))
 
@@ -266,7 +269,7 @@ def check_weights(
     return mask, sample_weight
 
 
-def check_residual(x: Tensor, residual: Tensor) -> Tensor:
+def check_residual(function: str, x: Tensor, residual: Tensor) -> Tensor:
     try:
         residual = residual.expand(x.shape)
     except RuntimeError:
@@ -274,10 +277,10 @@ def check_residual(x: Tensor, residual: Tensor) -> Tensor:
             f"a residual that broadcasts to {tuple(x.shape)}",
             "Reshape or project the residual.",
         )
-        raise MismatchError(expected("batch_norm", invariant, f"shape {tuple(residual.shape)}", todo)) from None
+        raise MismatchError(expected(function, invariant, f"shape {tuple(residual.shape)}", todo)) from None
     if residual.dtype != x.dtype or residual.device != x.device:
         got, todo = f"{residual.dtype} on {residual.device}", "Convert it with residual.to(input)."
-        raise DtypeError(expected("batch_norm", f"a residual of {x.dtype} on {x.device}", got, todo))
+        raise DtypeError(expected(function, f"a residual of {x.dtype} on {x.device}", got, todo))
     return residual
 
 
@@ -303,12 +306,12 @@ def raise_nonfinite(where: str, channels: list[int], batch: int | None) -> None:
     raise NonFiniteError(expected(where, "finite values", got, todo))
 
 
-def _check_channels(x: Tensor, name: str, t: Tensor) -> None:
+def _check_channels(function: str, x: Tensor, name: str, t: Tensor) -> None:
     if t.numel() != x.shape[1]:
         raise MismatchError(f"{name} should contain {x.shape[1]} elements not {t.numel()}")
     if t.device != x.device:
         todo = f"Move one of them, e.g. module.to({str(x.device)!r})."
-        raise MismatchError(expected("batch_norm", f"{name} on {x.device}, where the input is", t.device, todo))
+        raise MismatchError(expected(function, f"{name} on {x.device}, where the input is", t.device, todo))
 
 
 def _dtype_message(function: str, name: str, x: Tensor, t: Tensor) -> str:

@@ -13,6 +13,7 @@ from batchnorm import functional
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.kernels.activations import activation as activation_by_name
 from batchnorm.kernels.eager import Running, update
+from batchnorm.moments import Moments
 from batchnorm.nn.naming import path_of
 from batchnorm.nn.running import at_least_float32, following
 
@@ -124,42 +125,43 @@ class BatchNorm(_BatchNorm):
         parameters, buffers = self._parameters, self._buffers
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        functional.check_input(type(self).__name__, input)
-        functional.check_parameters(type(self).__name__, input, weight, bias)
-        if residual is not None:
-            residual = functional.check_residual(input, residual)
-
+        name = type(self).__name__
+        functional.check_input(name, input)
         few = input.numel() <= input.shape[1]
         by_batch = (training and not (few and self.too_few == "running")) or (mean is None and var is None)
+        tracked = training and by_batch and self.track_running_stats
+        if by_batch:
+            functional.check_batch_size(input)
+            functional.check_eps(self.eps)
+        if tracked or not by_batch:
+            functional.check_statistics(name, input, mean, var, training=by_batch)
+        functional.check_parameters(name, input, weight, bias)
+        if residual is not None:
+            residual = functional.check_residual(name, input, residual)
         if not by_batch:
-            functional.check_statistics(input, mean, var, training=False)
             assert mean is not None and var is not None
             return functional.run(
                 input, weight, bias, self.eps, population=(mean, var), running=None,
                 activation=self._activation, residual=residual,
             )  # fmt: skip
 
-        if self.eps <= 0.0:
-            raise ArgumentError(f"batch_norm eps must be positive during training, but got {self.eps}")
-        functional.check_batch_size(input)
-        running = None
-        if training and self.track_running_stats:
-            functional.check_statistics(input, mean, var, training=True)
-            if input.numel() > 0:
-                running = following(mean, var, self.momentum, batches)
-        batch = None
+        running = following(mean, var, self.momentum, batches) if tracked and input.numel() > 0 else None
+        found = None
         if self.nonfinite != "propagate":
-            batch, running = self._checked_statistics(input, running)
+            found, running = self._checked_moments(input, running)
         y = functional.run(
-            input, weight, bias, self.eps, population=None, running=running, batch=batch,
+            input, weight, bias, self.eps, population=None, running=running,
+            batch=None if found is None else torch.stack((found.mean, found.variance())),
             activation=self._activation, residual=residual,
         )  # fmt: skip
+        if running is not None and found is not None:
+            update(running, found)
         if running is not None and batches is not None:
             batches.add_(1)
         return y
 
-    def _checked_statistics(self, input: Tensor, running: Running | None) -> tuple[Tensor, Running | None]:
-        """The batch's mean and variance, looked at before they reach the running statistics."""
+    def _checked_moments(self, input: Tensor, running: Running | None) -> tuple[Moments, Running | None]:
+        """The batch's moments, and the running statistics if the moments may reach them, else None."""
         found = functional.batch_moments(input.detach())
         bad = functional.nonfinite_channels(found, running) if input.numel() else []
         if bad and self.nonfinite == "raise":
@@ -167,11 +169,7 @@ class BatchNorm(_BatchNorm):
             path, kind = path_of(self), type(self).__name__
             where = f"{path} ({kind})" if path else kind
             functional.raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
-        if bad:
-            running = None
-        if running is not None:
-            update(running, found)
-        return torch.stack((found.mean, found.variance())), running
+        return found, None if bad else running
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -14,8 +14,10 @@ def path_of(module: nn.Module) -> str:
     """
     parents: dict[int, tuple[nn.Module, str]] = {}
     for candidate in gc.get_objects():
-        if isinstance(candidate, nn.Module):
-            for name, child in candidate._modules.items():
+        # Its type, not isinstance: that asks the object for its class, and some objects warn when asked anything.
+        if issubclass(type(candidate), nn.Module):
+            # One whose __init__ failed has no children, nor a place for them.
+            for name, child in candidate.__dict__.get("_modules", {}).items():
                 if child is not None:
                     parents.setdefault(id(child), (candidate, name))
     names: list[str] = []
