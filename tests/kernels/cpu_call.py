@@ -67,7 +67,7 @@ def outside_forward(
     x: torch.Tensor, *, split: bool = False, threads: int = 1, y: torch.Tensor | None = None, **arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, stats) in one launch, or split in phases."""
-    family = outside.family(x.shape[0], x.shape[2])
+    family = outside.family(x.shape[0], x.shape[2], "mask" in arguments or "sample_weight" in arguments)
     y = torch.empty_like(x) if y is None else y
     stats = torch.empty(2, x.shape[1], dtype=torch.float64)
     if not split:
@@ -85,7 +85,7 @@ def outside_backward(
     dy: torch.Tensor, x: torch.Tensor, *, split: bool = False, threads: int = 1, training: bool = True, **arguments: Any
 ) -> torch.Tensor:
     """dx in one launch, or sums and input apart; dweight, dbias and dresidual are written where given."""
-    family = outside.family(x.shape[0], x.shape[2])
+    family = outside.family(x.shape[0], x.shape[2], "mask" in arguments or "sample_weight" in arguments)
     dx = torch.empty_like(x)
     count = float(x.shape[0] * x.shape[2]) if training else math.inf
     if not split:

@@ -71,7 +71,7 @@ class Case:
         w = 1.0 if self.weight is None else np.abs(to_float64(self.weight))[:, None]
         b = 0.0 if self.bias is None else np.abs(to_float64(self.bias))[:, None]
         r = 0.0 if self.residual is None else np.abs(to_float64(self.residual))
-        return np.max(np.abs(self.forward.x_hat) * w + b + r)
+        return np.nanmax(np.abs(self.forward.x_hat) * w + b + r)  # absent places hold NaN
 
     def check_forward(self, y: torch.Tensor, stats: torch.Tensor) -> None:
         measured = self.forward.statistics
@@ -328,3 +328,62 @@ def test_what_is_not_wanted_is_not_written() -> None:
     given = {"mean": torch.from_numpy(measured.mean), "var": torch.from_numpy(measured.var)}
     call(outside.family(6, 49), "BACKWARD", case.x, dy=case.dy, y=y, dresidual=dresidual, **given, **case.options)
     assert torch.equal(dresidual, case.dy * (y > 0))
+
+
+def masked_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, mask: bool, sample_weight: bool, **options: Any
+) -> tuple[Case, dict[str, torch.Tensor]]:
+    """A case with NaN wherever nothing is present, and the operands that say so."""
+    case, places = Case(shape, dtype, **options), (shape[0], shape[2])
+    operands: dict[str, torch.Tensor] = {}
+    if mask:
+        operands["mask"] = (torch.rand(places) < 0.7).to(torch.uint8)
+        case.known["mask"] = operands["mask"].numpy() != 0
+    if sample_weight:
+        operands["sample_weight"] = torch.randint(0, 4, places).double() * 0.5
+        case.known["sample_weight"] = operands["sample_weight"].numpy()
+    case.forward = reference.batch_norm_forward(to_float64(case.x), **case.known)
+    case.dy = silence_kinks(case.dy, case.forward.z)
+    case.backward = reference.batch_norm_backward(to_float64(case.dy), to_float64(case.x), **case.known)
+    if mask:
+        absent = (operands["mask"] == 0)[:, None].expand(shape)
+        for tensor in (case.x, case.dy, case.residual):
+            if tensor is not None:
+                tensor[absent] = math.nan
+    return case, operands
+
+
+@pytest.mark.parametrize(("mask", "sample_weight"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("activation", "residual"), [("identity", False), ("relu", False), ("leaky_relu", True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_and_sample_weights(
+    dtype: torch.dtype, activation: str, residual: bool, mask: bool, sample_weight: bool
+) -> None:
+    case, operands = masked_case((6, 5, 11), dtype, mask, sample_weight, activation=activation, residual=residual)
+    case.options.update(operands)
+    y, stats = outside_forward(case.x, residual=case.residual, threads=2, **case.options)
+    case.check_forward(y, stats)
+    moments = torch.empty(3, 5, dtype=torch.float64)
+    call(outside.family(6, 11, True), "MOMENTS", case.x, stats=moments, **operands)
+    assert torch.equal(moments[0], torch.from_numpy(case.forward.statistics.m).expand(5))
+    assert torch.equal(torch.stack((moments[1], moments[2] / moments[0])), stats)
+    fixed = torch.empty_like(y)
+    call(
+        outside.family(6, 11, True), "NORMALIZE", case.x, y=fixed, residual=case.residual, mean=stats[0], var=stats[1],
+        **case.options,
+    )  # fmt: skip
+    assert torch.equal(fixed, y)
+    check_backward(case)
+    case.options["count"] = float(moments[0, 0])
+    check_backward(case, split=True)
+
+
+def test_a_running_update_counts_weights() -> None:
+    case, operands = masked_case((6, 5, 11), torch.float32, True, True)
+    mean, var = torch.zeros(5), torch.ones(5)
+    outside_forward(case.x, running_mean=mean, running_var=var, factor=0.25, **operands)
+    measured = case.forward.statistics
+    scale = np.sqrt(measured.var)
+    assert_close(mean, 0.25 * measured.mean, dtype=torch.float32, quantity="running_mean", scale=scale)
+    unbiased = measured.var * measured.m / (measured.m - 1)
+    assert_close(var, 0.75 + 0.25 * unbiased, dtype=torch.float32, quantity="running_var")

@@ -2,20 +2,23 @@
 
 The tensor is seen as (outer, channel, inner) with the inner dimension contiguous. ``family(outer, inner)`` is the
 module whose FORWARD, MOMENTS, NORMALIZE, BACKWARD, BACKWARD_SUMS and BACKWARD_INPUT serve it: dicts from the dtype's
-name to a kernel. When to split a launch in phases is told in outside_long.
+name to a kernel. When to split a launch in phases is told in outside_long; masked
+kernels are never split.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from batchnorm.kernels.cpu import outside_long, outside_short
+from batchnorm.kernels.cpu import outside_long, outside_masked, outside_short
 from batchnorm.kernels.cpu.outside_rows import CHUNK, chunk_count
 from batchnorm.kernels.cpu.outside_runs import LONGEST, samples_in_chunk
 
 
-def family(outer: int, inner: int) -> ModuleType:
-    """The kernels for rows of this length in a batch of this size."""
+def family(outer: int, inner: int, masked: bool = False) -> ModuleType:
+    """The kernels for rows of this length in a batch of this size; masked: with a mask or sample weights."""
+    if masked:
+        return outside_masked
     return outside_short if 0 < inner <= LONGEST and outer >= 4 else outside_long
 
 
@@ -24,7 +27,7 @@ def scratch(outer: int, channels: int, inner: int) -> int:
     if family(outer, inner) is outside_short:
         chunks = -(-outer // samples_in_chunk(inner))
     else:
-        chunks = chunk_count(outer, inner)
+        chunks = int(chunk_count(outer, inner))
     return 2 * channels * chunks
 
 

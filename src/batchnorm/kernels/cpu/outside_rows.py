@@ -130,9 +130,9 @@ def chunk_moments(x, start, stride, rows, length, ahead, element):  # type: igno
 
 
 @plain
-def chunk_sums(
+def chunk_sums(  # type: ignore[no-untyped-def]
     dy, at_dy, dy_stride, x, at_x, x_stride, y, at_y, y_stride, rows, length, hi, a, b, activation, slope, element
-):  # type: ignore[no-untyped-def]
+):
     """(sum of dz, sum of dz * (x - hi)) of rows; dz is gated by y where at_y >= 0, else by (x - hi) * a + b."""
     step = lanes(element)
     hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
@@ -220,7 +220,7 @@ def normalize_row(x, at, y, to, ahead, residual, res, length, hi, a, b, activati
 
 
 @plain
-def gradient_row(
+def gradient_row(  # type: ignore[no-untyped-def]
     dy,
     at_dy,
     x,
@@ -244,7 +244,7 @@ def gradient_row(
     slope,
     stream,
     element,
-):  # type: ignore[no-untyped-def]
+):
     """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz itself into dres where `res` >= 0.
 
     x is not read unless `centred` (by_x counts) or it gates dz.

@@ -167,7 +167,7 @@ def normalize_one(x, at, y, to, residual, res, i, size, step, hi, a, b, activati
 
 
 @plain
-def normalize_run(
+def normalize_run(  # type: ignore[no-untyped-def]
     x,
     at,
     x_stride,
@@ -186,7 +186,7 @@ def normalize_run(
     slope,
     stream,
     element,
-):  # type: ignore[no-untyped-def]
+):
     """y = activation((x - hi) * a + b [+ residual, where res >= 0]) for a run of channels in all samples, backwards."""
     step = lanes(element)
     whole = width // step * step
@@ -261,9 +261,9 @@ def gate(g, d, y, at_y, a, b, i, size, step, activation, slope):  # type: ignore
 
 
 @inlined
-def add_four(
+def add_four(  # type: ignore[no-untyped-def]
     dy, p, dy_stride, x, q, x_stride, y, r, y_stride, hi, a, b, sums, products, i, size, step, activation, slope
-):  # type: ignore[no-untyped-def]
+):
     """Four samples of one vector of places into the sums of dz and dz * (x - hi); r < 0: gated by x."""
     hi_ = vload(hi, i)
     for ahead in range(4, 8):
@@ -285,7 +285,7 @@ def add_four(
 
 
 @plain
-def sums_of_run(
+def sums_of_run(  # type: ignore[no-untyped-def]
     dy,
     at_dy,
     dy_stride,
@@ -305,7 +305,7 @@ def sums_of_run(
     activation,
     slope,
     element,
-):  # type: ignore[no-untyped-def]
+):
     """sums, products = sum of dz and of dz * (x - hi) over the samples, for each place of the run.
 
     dz is gated by y where at_y >= 0, else by (x - hi) * a + b.
@@ -376,7 +376,7 @@ def sums_of_run(
 
 
 @plain
-def gradient_run(
+def gradient_run(  # type: ignore[no-untyped-def]
     dy,
     at_dy,
     dy_stride,
@@ -405,7 +405,7 @@ def gradient_run(
     slope,
     stream,
     element,
-):  # type: ignore[no-untyped-def]
+):
     """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz into dres where `res` >= 0; backwards.
 
     x is not read unless `centred` (by_x counts) or it gates dz.

@@ -144,6 +144,17 @@ def store(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def load_byte(typing: Any, address: Any, index: Any) -> Any:
+    """The byte at address + index, as an int64."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(builder.add(args[0], args[1]), ir.IntType(8).as_pointer())
+        return builder.zext(builder.load(place), I64)
+
+    return types.int64(types.int64, types.int64), code
+
+
+@intrinsic
 def real(typing: Any, element: Any, value: Any) -> Any:
     """The number as the float that elements are computed in."""
 
