@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written(
     )
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "jinja2", "sklearn"])
+@pytest.mark.parametrize("package", ["typer", "matplotlib", "sklearn"])
 def test_without_the_tools_one_line_says_what_to_install(tmp_path: Path, package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from batchnorm.__main__ import main; main()"
     arguments = ["reproduce", "--steps", "1", "--out", str(tmp_path)]
@@ -146,7 +146,7 @@ def test_without_the_tools_one_line_says_what_to_install(tmp_path: Path, package
 def test_control_c_keeps_what_was_recorded(tmp_path: Path) -> None:
     # Small images, so that the first line comes soon; many steps, so that the last one does not.
     data, out = write_idx_folder(tmp_path / "data"), tmp_path / "out"
-    command = [sys.executable, "-m", "batchnorm", "reproduce", "--steps", "5000"]
+    command = [sys.executable, "-m", "batchnorm", "reproduce", "--steps", "3000"]
     command += ["--data", str(data), "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -159,9 +159,9 @@ def test_control_c_keeps_what_was_recorded(tmp_path: Path) -> None:
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     last = metrics["runs"][0]["steps"][-1]
     assert metrics["complete"] is False
-    assert 500 <= last < 5000
+    assert 300 <= last < 3000
     assert complaints == (
-        f'Interrupted at seed 0, step {last:,} of 5,000: what was recorded until then is kept, marked "complete": '
+        f'Interrupted at seed 0, step {last:,} of 3,000: what was recorded until then is kept, marked "complete": '
         "false.\n"
     )
     assert len(list(out.iterdir())) == 4

@@ -106,7 +106,7 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
             )
         reached = first_step(steps, mean.tolist(), best)
         if reached:
-            axes.plot([reached], [100 * best], "o", color=colour, markersize=4.5, zorder=3)
+            axes.plot([reached], [100 * best], "o", color=colour, markersize=4.5, zorder=3, clip_on=False)
             axes.annotate(
                 f"{reached:,}", (reached, 100 * best), (0, 8), textcoords="offset points", ha="center", color=colour
             )
