@@ -29,6 +29,7 @@ ROOMS = (
     PACKAGE,
     "report",
     "experiments",
+    "bench",
     "cli",
 )
 
@@ -37,7 +38,7 @@ REFERENCE = "reference"
 READERS_OF_REFERENCE = frozenset({"experiments"})
 
 EVERYWHERE = frozenset({"torch", "numpy"})
-TOOLS = ("report/", "experiments/", "cli.py")
+TOOLS = ("report/", "experiments/", "bench/", "cli.py")
 # Library -> paths inside the package, each a file or a folder ending in a slash, where it may be imported.
 CONFINED: dict[str, tuple[str, ...]] = {
     "numba": ("kernels/cpu/",),
@@ -48,6 +49,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "typer": TOOLS,
     "jinja2": TOOLS,
     "sklearn": TOOLS,
+    "jax": ("bench/",),
+    "flax": ("bench/",),
     "torch.distributed": ("nn/distributed.py",),
 }
 

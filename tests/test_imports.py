@@ -85,7 +85,7 @@ def test_every_folder_with_code_is_a_package() -> None:
             "lifecycle/watch.py",
             "from matplotlib import pyplot\n",
             "batchnorm/lifecycle/watch.py:1: lifecycle → matplotlib: "
-            "matplotlib belongs in report/, experiments/, cli.py only",
+            "matplotlib belongs in report/, experiments/, bench/, cli.py only",
         ),
         (
             "nn/running.py",

@@ -1,0 +1,182 @@
+"""``batchnorm bench`` and ``make bench``: measure a list of entries, say it, and leave files behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+from batchnorm.bench import machine, plot, results
+from batchnorm.bench.cases import EXTRAS, MODES, parse_shape, parse_threads, product
+from batchnorm.bench.measure import USER, Plan
+from batchnorm.bench.peers import OURS, PEERS
+from batchnorm.bench.results import SCHEMA, Report, ResNet, Row
+from batchnorm.bench.run import Entry, run
+from batchnorm.bench.show import Screen, opening, row_line, show
+from batchnorm.errors import ArgumentError, expected
+from batchnorm.report.files import require_writable
+
+SUCCESS = 0
+WRONG = 1  # a result of ours was off, or the results could not be written
+REFUSED = 2  # nothing was measured: a file that cannot be written
+INTERRUPTED = 130  # as a shell counts Ctrl-C
+
+YARDSTICKS = ("copy", "clone", "memmove")
+DEFAULT_PEERS = ("torch", "compile", "onednn")
+
+_SAVE_EVERY = 60.0  # seconds: an interruption by force loses no more
+
+
+def bench(
+    shapes: Sequence[str],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    modes: Sequence[str],
+    extras: Sequence[str],
+    threads: str,
+    peers: str,
+    seconds: float,
+    json_path: Path | None,
+    plot_path: Path | None,
+    *,
+    quiet: bool,
+) -> int:
+    """The user's own shapes on the user's own machine.
+
+    Arguments:
+        shapes: such as "32,64,56,56"
+        dtypes, layouts, modes, extras: names, see ``cases``; no modes or extras means all modes, "plain"
+        threads: such as "1,all"
+        peers: names from ``peers.PEERS`` with commas between
+        seconds: to spend on each case
+        json_path, plot_path: files to write
+        quiet: plain lines
+
+    Returns:
+        the exit code: ``SUCCESS``, ``WRONG``, ``REFUSED`` or ``INTERRUPTED``
+
+    Raises:
+        ArgumentError: one of them is not what it must be; nothing was measured
+    """
+    if not 0 < seconds < float("inf"):
+        raise ArgumentError(expected("bench", "more than 0 seconds for a case", seconds, "Give e.g. 2."))
+    if "channels_last" in layouts and (shape := next((s for s in map(parse_shape, shapes) if len(s) < 4), None)):
+        todo = "Take the contiguous layout."
+        raise ArgumentError(
+            expected("bench", "4 or 5 sizes for the layout channels_last", ",".join(map(str, shape)), todo)
+        )
+    cases = product(map(parse_shape, shapes), dtypes, layouts, extras or EXTRAS[:1], modes or MODES, family="own")
+    entries = [Entry(case, parse_peers(peers), parse_threads(threads), memory=True) for case in cases]
+    plan = Plan(rounds=USER.rounds, enough=USER.enough, budget=seconds)
+    return carry_out(entries, plan, "own", Screen(quiet=quiet), json_path=json_path, plot_path=plot_path)
+
+
+def parse_peers(text: str) -> tuple[str, ...]:
+    """The peers named in ``text``, and the copies that are the yardstick.
+
+    >>> parse_peers("torch,onednn")
+    ('torch', 'onednn', 'copy', 'clone', 'memmove')
+    """
+    able = [name for name in PEERS if name not in (OURS, *YARDSTICKS)]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in able:
+            raise ArgumentError(expected("bench", f"peers among {', '.join(able)}", repr(name), "Correct the name."))
+    return (*dict.fromkeys(names), *YARDSTICKS)
+
+
+def carry_out(
+    entries: Sequence[Entry],
+    plan: Plan,
+    registry: str,
+    screen: Screen,
+    *,
+    networks: Iterable[Callable[[], ResNet]] = (),
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+) -> int:
+    """Measure, print, write.
+
+    Arguments:
+        entries: what to measure
+        plan: how long
+        registry: its name, for the JSON
+        screen: where it is said
+        networks: measurements of ResNet-50, made at the end
+        json_path: the JSON; written every minute too, with ``complete`` false
+        plot_path: a picture, its kind by its suffix
+
+    Returns:
+        the exit code, see ``bench``
+
+    Raises:
+        ArgumentError: the plot's name has a suffix that says no kind of picture
+    """
+    if plot_path is not None:
+        plot.check(plot_path)
+    for path in (json_path, plot_path):
+        if path is not None and (why := _unwritable(path)) is not None:
+            screen.complain(expected("bench", "a file that can be written", f"{path}: {why}", "Choose another one."))
+            return REFUSED
+    begun, saved = time.perf_counter(), time.perf_counter()
+    report = Report(
+        schema=SCHEMA,
+        registry=registry,
+        complete=False,
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=0.0,
+        plan=asdict(plan),
+        machine=machine.describe(),
+        rows=[],
+        groups=[],
+        resnet50=[],
+    )
+    here = opening(report["machine"])
+    screen.say(here)
+    total = sum(len(entry.threads) for entry in entries)
+    try:
+        for row in run(entries, plan):
+            report["rows"].append(row)
+            screen.say(f"[{len(report['rows'])}/{total}] {row_line(row)}")
+            if json_path is not None and time.perf_counter() - saved > _SAVE_EVERY:
+                saved = time.perf_counter()
+                results.write(json_path, _closed(report, saved - begun))
+        for network in networks:
+            report["resnet50"].append(network())
+        report["complete"] = True
+    except KeyboardInterrupt:
+        screen.complain("Interrupted: what was measured until here is kept.")
+    report = _closed(report, time.perf_counter() - begun)
+    show(screen, report)
+    try:
+        if json_path is not None:
+            results.write(json_path, report)
+            screen.say(f"Written: {json_path}")
+        if plot_path is not None and plot.draw(plot_path, report["rows"], here):
+            screen.say(f"Written: {plot_path}")
+    except OSError as error:
+        screen.complain(f"bench: the results could not be written: {error.strerror}.")
+        return WRONG
+    if not report["complete"]:
+        return INTERRUPTED
+    return WRONG if any(_is_wrong(row) for row in report["rows"]) else SUCCESS
+
+
+def _closed(report: Report, seconds: float) -> Report:
+    return {**report, "seconds": round(seconds, 1), "groups": results.groups(report["rows"])}
+
+
+def _is_wrong(row: Row) -> bool:
+    return row["peers"][OURS]["status"] == "wrong"
+
+
+def _unwritable(path: Path) -> str | None:
+    if path.is_dir():
+        return "it is a folder"
+    try:
+        require_writable(path.parent)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
