@@ -1,4 +1,4 @@
-"""What holds in every test: memory nobody wrote is NaN, seeds are fixed, torch's settings are put back."""
+"""What holds in every test: memory nobody wrote is NaN, seeds are fixed, one thread, torch's settings are put back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def settings_put_back() -> Iterator[None]:
+    """One thread to begin with: on small tensors two only wait for each other. A test about threads says how many."""
     threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

@@ -16,12 +16,6 @@ from tolerances import assert_close, assert_not_worse_than_torch, to_float64
 STEPS = 20
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """The convolutions are so small that threads would only wait for each other."""
-    torch.set_num_threads(1)
-
-
 class Block(nn.Module):
     """conv, norm, relu, conv, norm, + input, relu."""
 
