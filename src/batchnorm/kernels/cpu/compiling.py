@@ -42,12 +42,13 @@ _warned = False
 class Kernel:
     """One kernel for one element type. ``body(block, element)`` is a Numba function, not compiled yet."""
 
-    __slots__ = ("_body", "_name", "address", "alone", "element")
+    __slots__ = ("_body", "_compiled", "_name", "address", "alone", "element")
 
     def __init__(self, name: str, body: Any, element: Element) -> None:
         self._name = name
         self._body = body
         self.element = element
+        self._compiled: Any = None  # keeps the machine code alive
         self.address = 0
         self.alone: Callable[[bytes], object] = self._compile_and_run
 
@@ -59,10 +60,9 @@ class Kernel:
         with _lock:
             if not self.address:
                 _declare_openmp()
-                compiled = _compile(_entry(self._name, self._body, self.element))
-                self.alone = _direct(compiled.address)
-                self._body = compiled  # keeps the machine code alive
-                self.address = int(compiled.address)
+                self._compiled = _compile(_entry(self._name, self._body, self.element))
+                self.alone = _direct(self._compiled.address)
+                self.address = int(self._compiled.address)
         return self.address
 
     def _compile_and_run(self, block: bytes) -> None:

@@ -24,11 +24,9 @@ def family(outer: int, inner: int, masked: bool = False) -> ModuleType:
 
 def scratch(outer: int, channels: int, inner: int) -> int:
     """How many float64 values SCRATCH holds when a launch is split in phases."""
-    if family(outer, inner) is outside_short:
-        chunks = -(-outer // samples_in_chunk(inner))
-    else:
-        chunks = int(chunk_count(outer, inner))
-    return 2 * channels * chunks
+    short = family(outer, inner) is outside_short
+    chunks = -(-outer // samples_in_chunk(inner)) if short else chunk_count(outer, inner)
+    return 2 * channels * int(chunks)
 
 
 def in_phases(outer: int, channels: int, inner: int, threads: int) -> bool:
