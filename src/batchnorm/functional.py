@@ -64,7 +64,7 @@ def batch_norm(
             twice. They change the statistics, every value is still normalized. Differentiable
         residual: broadcastable to input, added before the activation
         activation: None, "relu", "leaky_relu" (with ``negative_slope``), "silu", "gelu", "sigmoid" or "tanh"
-        out: receives the result of inference; may be ``input`` itself. Not differentiable
+        out: receives the result of inference; may be ``input`` or ``residual`` itself. Not differentiable
 
     Returns:
         a tensor of input's shape, dtype and memory layout, differentiable any number of times in input,
@@ -99,6 +99,11 @@ def batch_norm(
         residual = check_residual("batch_norm", input, residual)
     if out is not None:
         check_out(input, (weight, bias, residual), out, training)
+        # A kernel may write before it has read all: only the very places of the input may be written over.
+        if _share_memory(input, out) and (input.data_ptr(), input.stride()) != (out.data_ptr(), out.stride()):
+            input = input.clone()
+        if residual is not None and _share_memory(residual, out):
+            residual = residual.clone()
     running = None
     population = None
     if not training:
@@ -317,6 +322,10 @@ def _check_channels(function: str, x: Tensor, name: str, t: Tensor) -> None:
 def _dtype_message(function: str, name: str, x: Tensor, t: Tensor) -> str:
     todo = "Cast one of them, e.g. module.double() or input.float()."
     return expected(function, f"{name} of a dtype that goes with an input of {x.dtype}", t.dtype, todo)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
