@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm import reference
+from batchnorm import kernels, reference
 from batchnorm.errors import ArgumentError, BackendError, DtypeError, MismatchError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import BACKENDS
@@ -340,12 +340,19 @@ def test_errors_say_what_was_expected_and_change_nothing(case: str) -> None:
 # Which kernel runs
 
 
+@pytest.fixture
+def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without BATCHNORM_BACKEND, with which the tests themselves may be run."""
+    monkeypatch.setattr(kernels, "ENVIRONMENT", None)
+
+
 def test_a_backend_without_a_name_is_an_error() -> None:
     with pytest.raises(BackendError) as caught, bn.use_backend("fastest"):
         pass
     assert str(caught.value) == (f"use_backend: expected one of {list(BACKENDS)}, got 'fastest'. Correct the name.")
 
 
+@pytest.mark.usefixtures("nothing_named")
 @pytest.mark.parametrize("name", list(BACKENDS))
 def test_explain_says_what_runs_and_why_each_other_does_not(name: str) -> None:
     x = torch.randn(8, 3)
@@ -360,6 +367,7 @@ def test_explain_says_what_runs_and_why_each_other_does_not(name: str) -> None:
     assert not bn.explain(x).named
 
 
+@pytest.mark.usefixtures("nothing_named")
 def test_use_backend_ends_with_its_block_even_on_an_error() -> None:
     with pytest.raises(ZeroDivisionError), bn.use_backend("eager"):
         raise ZeroDivisionError

@@ -99,11 +99,6 @@ def batch_norm(
         residual = check_residual("batch_norm", input, residual)
     if out is not None:
         check_out(input, (weight, bias, residual), out, training)
-        # A kernel may write before it has read all: only the very places of the input may be written over.
-        if _share_memory(input, out) and (input.data_ptr(), input.stride()) != (out.data_ptr(), out.stride()):
-            input = input.clone()
-        if residual is not None and _share_memory(residual, out):
-            residual = residual.clone()
     running = None
     population = None
     if not training:
@@ -155,6 +150,12 @@ def run(
         )[0]  # fmt: skip
         return y
     mean, var = population if population is not None else (batch[0], batch[1])  # type: ignore[index]
+    if out is not None:
+        # A kernel may write before it has read all: only the very places of the input may be written over.
+        if _share_memory(x, out) and (x.data_ptr(), x.stride()) != (out.data_ptr(), out.stride()):
+            x = x.clone()
+        if residual is not None and _share_memory(residual, out):
+            residual = residual.clone()
     y = kernel.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask, out=out)
     return y
 
