@@ -216,6 +216,46 @@ def test_the_two_phase_functions(dtype: torch.dtype, shape: tuple[int, int]) -> 
     case.check_dx(dx)
 
 
+@pytest.mark.parametrize(("mask", "sample_weight"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(300, 70), (2000, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_and_weights(
+    dtype: torch.dtype, shape: tuple[int, int], training: bool, mask: bool, sample_weight: bool
+) -> None:
+    case = Case(
+        shape, dtype, mask=mask, sample_weight=sample_weight, training=training, activation="relu", residual=True
+    )
+    for t in (case.x, case.residual, case.dy):
+        if case.mask is not None:
+            t[~case.mask] = math.nan
+    y = case.empty()
+    if training:
+        y, stats = case.run_forward(threads=2)
+        case.check_statistics(*stats)
+    else:
+        case.run("NORMALIZE", y=y, residual=case.residual, **case.given)
+    case.check_y(y)
+    got = case.run_backward(threads=2)
+    case.check_backward(got)
+    if case.mask is not None:
+        assert (y[~case.mask] == 0).all() and (got["dx"][~case.mask] == 0).all()
+    if training:
+        sums, dx = torch.empty(2, shape[1], dtype=torch.float64), case.empty()
+        kept = case.place(torch.from_numpy(case.forward.y).to(dtype))
+        case.run("BACKWARD_SUMS", dy=case.dy, y=kept, sums=sums, **case.statistics())
+        case.run("BACKWARD_INPUT", dy=case.dy, y=kept, dx=dx, sums=sums, count=case.count, **case.statistics())
+        assert torch.equal(dx, got["dx"])
+
+
+def test_the_moments_of_nothing() -> None:
+    case = Case((300, 70), torch.float32)
+    case.operands["mask"] = torch.zeros(300, dtype=torch.uint8)
+    stats = torch.empty(3, 70, dtype=torch.float64)
+    case.run("MOMENTS", stats=stats)
+    assert (stats == 0).all()
+
+
 @pytest.mark.parametrize("mean", [1e4, 1e6])
 @pytest.mark.parametrize("shape", [(600, 3), (1568, 64), (10007, 65)])
 def test_a_mean_far_from_zero_costs_no_digits(shape: tuple[int, int], mean: float) -> None:
@@ -273,7 +313,11 @@ def test_nan_and_infinity_stay_in_their_channel(dtype: torch.dtype, activation: 
 def test_nan_and_infinity_in_evaluation_are_those_of_torch(activation: str) -> None:
     case = Case((40, 5), torch.float32, training=False, activation=activation)
     case.x[1, 1], case.x[2, 2], case.x[3, 3] = math.nan, math.inf, -math.inf
-    torchs = {"identity": lambda z: z, "relu": torch.relu, "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.2)}
+    torchs = {
+        "identity": lambda z: z,
+        "relu": torch.relu,
+        "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.2),
+    }
     x, weight, bias = (t.clone().requires_grad_() for t in (case.x, case.weight, case.bias))
     normalized = torch.nn.functional.batch_norm(x, case.given["mean"], case.given["var"], weight, bias)
     expected = torchs[activation](normalized)
@@ -318,7 +362,11 @@ def test_runs_of_rows_that_are_not_equally_spaced() -> None:
     scratch = torch.empty(inside.scratch(4, 50, 70, 4, 2), dtype=torch.float64)
     how = [-1, 2, 0, 4, 70, 50]
     strides = {"x": x, "y": y}
-    steps = [n for name in TENSORS for n in ((strides[name].stride(0), strides[name].stride(2)) if name in strides else (0, 0))]
+    steps = [
+        n
+        for name in TENSORS
+        for n in ((strides[name].stride(0), strides[name].stride(2)) if name in strides else (0, 0))
+    ]
     addresses = [x.data_ptr(), 0, y.data_ptr()] + [0] * 7 + [stats.data_ptr()] + [0] * 7 + [scratch.data_ptr()]
     block = slots.pack_how(*how, *steps, 0, 1, 0, 0, 0) + slots.pack_what(*addresses, 1e-5, 0.1, 0.0, 0.0)
     from batchnorm.kernels.cpu.threads import launch

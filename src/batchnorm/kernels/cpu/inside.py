@@ -20,6 +20,7 @@ from batchnorm.kernels.cpu.compiling import kernels, my_share
 from batchnorm.kernels.cpu.inside_channels import (
     add_up,
     finish_moments,
+    inverse,
     read_channels,
     read_statistics,
     spread,
@@ -41,8 +42,18 @@ from batchnorm.kernels.cpu.inside_rows import (
     share,
 )
 from batchnorm.kernels.cpu.inside_sums import find_shift, gradient_chunk, moments_chunk
-from batchnorm.kernels.cpu.inside_wide import inlined, pasted, plain, fence, real_pointer, wide, wide_rounded, wide_finite, wide_splat
-from batchnorm.kernels.cpu.inside_wide import wide_divide, wide_sqrt, wide_load
+from batchnorm.kernels.cpu.inside_wide import (
+    fence,
+    pasted,
+    real_pointer,
+    wide,
+    wide_divide,
+    wide_finite,
+    wide_load,
+    wide_rounded,
+    wide_splat,
+    wide_sqrt,
+)
 from batchnorm.kernels.cpu.scalars import FLOAT64, pointer, slot_float
 from batchnorm.kernels.cpu.threads import openmp
 from batchnorm.kernels.cpu.vectors import vadd, vmul, vsub
@@ -144,7 +155,7 @@ def _measure(block, c, thread, threads, moments, element):  # type: ignore[no-un
                 var = write_statistics(block, j, n, count, mean, m2, moments)
                 update_running(block, j, n, count, mean, m2)
             if not moments:
-                var = vmul(m2, wide_splat(FLOAT64, 1.0 / count))
+                var = vmul(m2, wide_splat(FLOAT64, inverse(count)))
                 write_coefficients(block, of_channels, j, n, mean, var, element)
         if c.fold > 1 and last > 0 and not moments:
             spread(c, channels, of_channels, columns, element)

@@ -16,15 +16,13 @@ import math
 from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, at_partial
+from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, at_partial, weight_of
 from batchnorm.kernels.cpu.inside_sums import at_column
 from batchnorm.kernels.cpu.inside_wide import (
-    inlined,
-    pasted,
-    plain,
-    byte_at,
     channels_load,
     channels_store,
+    pasted,
+    plain,
     stays_a_call,
     wide,
     wide_any_above,
@@ -73,6 +71,12 @@ def write_channels(address, code, j, value, count):  # type: ignore[no-untyped-d
 
 
 @plain
+def inverse(count):  # type: ignore[no-untyped-def]
+    """1 / count, infinite for 0. (Not written out below: in what is pasted into a kernel, 1 / 0 is Python's error.)"""
+    return 1.0 / count
+
+
+@plain
 def add_up(c, scratch, totals, channels, first, last):  # type: ignore[no-untyped-def]
     """Totals of the columns first to last over all chunks, in order; those of folded rows fall to their channel.
 
@@ -103,15 +107,13 @@ def measure_again(block, channel, element):  # type: ignore[no-untyped-def]
     """(mean, m2) of a channel whose shift was bad: the mean first, squares about it after, all in float64."""
     stays_a_call()
     x = pointer(block[slots.X], element)
-    mask, weights = block[slots.MASK], block[slots.SAMPLE_WEIGHT]
     outer, inner = block[slots.OUTER], block[slots.INNER]
     total, count, mean, m2 = 0.0, 0.0, 0.0, 0.0
     for sweep in range(2):
         for n in range(outer):
             for i in range(inner):
-                place = n * inner + i
-                if mask == 0 or byte_at(mask + place) != 0:
-                    weight = 1.0 if weights == 0 else load(pointer(weights, FLOAT64), place)
+                weight = weight_of(block, n * inner + i)
+                if weight > 0.0:
                     value = float64(load(x, n * block[slots.X_OUTER] + i * block[slots.X_STEP] + channel))
                     if sweep == 0:
                         total += weight * value
@@ -129,7 +131,7 @@ def measure_again(block, channel, element):  # type: ignore[no-untyped-def]
 def finish_moments(block, c, totals, shifts, j, n, count, element):  # type: ignore[no-untyped-def]
     """(mean, m2) of channels j to j + n."""
     one, two = wide_load(totals, j, None), wide_load(totals, c.padded + j, None)
-    offset = vmul(one, wide_splat(FLOAT64, 1.0 / count))
+    offset = vmul(one, wide_splat(FLOAT64, inverse(count) if count > 0.0 else 0.0))
     correction = vmul(one, offset)
     mean = vadd(channels_load(shifts, at_column(j, wide(element), 3), n), offset)
     m2 = vsub(two, correction)
@@ -156,7 +158,7 @@ def read_statistics(block, j, n):  # type: ignore[no-untyped-def]
 def write_statistics(block, j, n, count, mean, m2, moments):  # type: ignore[no-untyped-def]
     """STATS: (count, mean, m2) where ``moments``, else (mean, var). Gives the biased variance."""
     stats, channels = block[slots.STATS], block[slots.CHANNELS]
-    var = vmul(m2, wide_splat(FLOAT64, 1.0 / count))
+    var = vmul(m2, wide_splat(FLOAT64, inverse(count)))
     if moments:
         write_channels(stats, 1, j, wide_splat(FLOAT64, count), n)
         write_channels(stats, 1, channels + j, mean, n)
@@ -179,7 +181,7 @@ def update_running(block, j, n, count, mean, m2):  # type: ignore[no-untyped-def
     address = block[slots.RUNNING_VAR]
     if address != 0:
         old = read_channels(address, code, j, n)
-        var = vmul(m2, wide_splat(FLOAT64, 1.0 / (count - 1.0)))
+        var = vmul(m2, wide_splat(FLOAT64, inverse(count - 1.0)))
         write_channels(address, code, j, vfma(factor, vsub(var, old), old), n)
 
 
@@ -211,7 +213,7 @@ def write_gradient_coefficients(coefficients, j, n, sum_dz, sum_dz_xhat, count, 
     """k1 and k2 of channels j to j + n."""
     w = wide(element)
     at = at_column(j, w, COEFFICIENTS)
-    share = wide_splat(FLOAT64, 1.0 / count)
+    share = wide_splat(FLOAT64, inverse(count))
     k2 = vmul(vmul(sum_dz_xhat, share), invstd)
     k1 = vsub(vmul(sum_dz, share), vmul(low, k2))
     channels_store(coefficients, at + 3 * w, k1, n)

@@ -10,20 +10,21 @@ from typing import NamedTuple
 
 from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.channel import activated
-from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, below, rows_in, rows_of
+from batchnorm.kernels.cpu.inside_rows import ABSENT, COEFFICIENTS, ahead_of, below, piece, rows_in, rows_of
 from batchnorm.kernels.cpu.inside_sums import gated
 from batchnorm.kernels.cpu.inside_wide import (
+    CACHE_LINE,
     inlined,
+    item_bytes,
     pasted,
     plain,
-    CACHE_LINE,
-    item_bytes,
     prefetch,
     wide,
     wide_load,
     wide_splat,
     wide_store,
     wide_stream,
+    wide_zero,
 )
 from batchnorm.kernels.cpu.scalars import slot_float
 from batchnorm.kernels.cpu.vectors import vadd, vfma, vmul, vsub
@@ -46,6 +47,15 @@ def _write(base, at, value, count, stream):  # type: ignore[no-untyped-def]
         wide_stream(base, at, value)
     else:
         wide_store(base, at, value, None)
+
+
+@plain
+def clear(rows, many, columns, element):  # type: ignore[no-untyped-def]
+    """Zeros in so many rows."""
+    w = wide(element)
+    for r in range(many):
+        for j in range(0, columns, w):
+            wide_store(rows.base, r * rows.step + j, wide_zero(element), min(w, columns - j))
 
 
 @inlined
@@ -85,9 +95,7 @@ def _normalize_tile(  # type: ignore[no-untyped-def]
     w = wide(element)
     whole = columns - columns % w
     for j in range(0, whole, w):
-        _normalize_strip(
-            x, y, residual, added, rows, ahead, coefficients, j, None, activation, slope, stream, element
-        )
+        _normalize_strip(x, y, residual, added, rows, ahead, coefficients, j, None, activation, slope, stream, element)
     if whole < columns:
         _normalize_strip(
             x, y, residual, added, rows, ahead, coefficients, whole, columns - whole, activation, slope, False, element
@@ -104,25 +112,27 @@ def normalize_chunk(block, c, chunk, coefficients, element):  # type: ignore[no-
     rows, rest = rows_in(c, chunk)
     r = 0
     while r < rows + min(rest, 1):
-        here, columns = min(c.tile, rows - r), c.columns
-        if here == 0:  # the shorter row after the others
-            here, columns = 1, rest
-        _normalize_tile(
-            below(x, r), below(y, r), below(residual, r), added, here, c.ahead, columns, coefficients,
-            activation, slope, stream, element,
-        )  # fmt: skip
+        here, columns, weight = piece(block, c, chunk, r, rows)
+        if weight == ABSENT:
+            clear(below(y, r), here, columns, element)
+        else:
+            _normalize_tile(
+                below(x, r), below(y, r), below(residual, r), added, here, ahead_of(c, r, rows), columns, coefficients,
+                activation, slope, stream, element,
+            )  # fmt: skip
         r += here
 
 
 @inlined
 def _input_strip(  # type: ignore[no-untyped-def]
-    dy, x, y, dx, dresidual, how, rows, ahead, coefficients, j, count, activation, slope, stream, element
+    dy, x, y, dx, dresidual, how, rows, ahead, weight, coefficients, j, count, activation, slope, stream, element
 ):
     w = wide(element)
     at = COEFFICIENTS * j
     hi, a = wide_load(coefficients, at, None), wide_load(coefficients, at + w, None)
     b = wide_load(coefficients, at + 2 * w, None)
-    k1, k2 = wide_load(coefficients, at + 3 * w, None), wide_load(coefficients, at + 4 * w, None)
+    k1 = vmul(wide_load(coefficients, at + 3 * w, None), weight)
+    k2 = vmul(wide_load(coefficients, at + 4 * w, None), weight)
     dy_at, x_at, y_at, dx_at, dresidual_at = j, j, j, j, j
     for _ in range(rows):
         prefetch(dy.base, dy_at + ahead * dy.step)
@@ -150,17 +160,17 @@ def _input_strip(  # type: ignore[no-untyped-def]
 
 @pasted
 def _input_tile(  # type: ignore[no-untyped-def]
-    dy, x, y, dx, dresidual, how, rows, ahead, columns, coefficients, activation, slope, stream, element
+    dy, x, y, dx, dresidual, how, rows, ahead, columns, weight, coefficients, activation, slope, stream, element
 ):
     w = wide(element)
     whole = columns - columns % w
     for j in range(0, whole, w):
         _input_strip(
-            dy, x, y, dx, dresidual, how, rows, ahead, coefficients, j, None, activation, slope, stream, element
+            dy, x, y, dx, dresidual, how, rows, ahead, weight, coefficients, j, None, activation, slope, stream, element
         )
     if whole < columns:
         _input_strip(
-            dy, x, y, dx, dresidual, how, rows, ahead, coefficients, whole, columns - whole,
+            dy, x, y, dx, dresidual, how, rows, ahead, weight, coefficients, whole, columns - whole,
             activation, slope, False, element,
         )  # fmt: skip
 
@@ -183,11 +193,16 @@ def input_chunk(block, c, chunk, coefficients, training, element):  # type: igno
     rows, rest = rows_in(c, chunk)
     r = 0
     while r < rows + min(rest, 1):
-        here, columns = min(c.tile, rows - r), c.columns
-        if here == 0:  # the shorter row after the others
-            here, columns = 1, rest
-        _input_tile(
-            below(dy, r), below(x, r), below(y, r), below(dx, r), below(dresidual, r), how, here, c.ahead, columns,
-            coefficients, activation, slope, stream, element,
-        )  # fmt: skip
+        here, columns, weight = piece(block, c, chunk, r, rows)
+        if weight == ABSENT:
+            if how.dx:
+                clear(below(dx, r), here, columns, element)
+            if how.dresidual:
+                clear(below(dresidual, r), here, columns, element)
+        else:
+            _input_tile(
+                below(dy, r), below(x, r), below(y, r), below(dx, r), below(dresidual, r), how, here,
+                ahead_of(c, r, rows), columns, wide_splat(element, weight), coefficients,
+                activation, slope, stream, element,
+            )  # fmt: skip
         r += here

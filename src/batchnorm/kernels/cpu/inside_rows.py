@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.inside_wide import item_bytes, moved, pasted, plain, wide, wide_lanes
-from batchnorm.kernels.cpu.scalars import pointer
+from batchnorm.kernels.cpu.inside_wide import byte_at, item_bytes, moved, pasted, plain, wide, wide_lanes
+from batchnorm.kernels.cpu.scalars import FLOAT64, load, pointer
 
 CHUNK_ROWS = 256  # at most
 CHUNKS = 16  # at least, where there are rows enough: work for as many threads
@@ -27,6 +27,7 @@ TILE_BYTES = 16 * 1024
 TILE_ROWS = 8  # at least, and at most twice that: see inside_sums
 FOLDED_COLUMNS = 1024  # at most
 COEFFICIENTS = 5  # per channel: hi, a, b, k1, k2 (see inside_channels)
+ABSENT = -1.0  # the weight of a row that is masked out
 PAD = 8  # float64 values: one cache line
 
 
@@ -137,6 +138,38 @@ def rows_of(block, tensor, c, chunk, element):  # type: ignore[no-untyped-def]
     if not c.merged:
         at += run * block[slot]
     return Rows(pointer(block[tensor] + at * item_bytes(element), element), step)
+
+
+@plain
+def weight_of(block, place):  # type: ignore[no-untyped-def]
+    """The weight of a row in the statistics; ABSENT where the mask says so."""
+    if block[slots.MASK] != 0 and byte_at(block[slots.MASK] + place) == 0:
+        return ABSENT
+    if block[slots.SAMPLE_WEIGHT] != 0:
+        return load(pointer(block[slots.SAMPLE_WEIGHT], FLOAT64), place)
+    return 1.0
+
+
+@plain
+def piece(block, c, chunk, r, rows):  # type: ignore[no-untyped-def]
+    """(rows, columns, weight) of what is to be done next in a chunk: at most a tile, and rows of one weight."""
+    if r == rows:
+        return 1, c.rest, 1.0  # the shorter row after the others
+    most = min(c.tile, rows - r)
+    if block[slots.MASK] == 0 and block[slots.SAMPLE_WEIGHT] == 0:
+        return most, c.columns, 1.0
+    place = chunk // c.per_run * c.inner + chunk % c.per_run * c.rows + r
+    weight = weight_of(block, place)
+    here = 1
+    while here < most and weight_of(block, place + here) == weight:
+        here += 1
+    return here, c.columns, weight
+
+
+@pasted
+def ahead_of(c, r, rows):  # type: ignore[no-untyped-def]
+    """How many rows after the r-th of a chunk is what to ask for, where the chunk before this one is the next."""
+    return c.ahead if r + c.ahead < rows else c.ahead - rows - c.rows
 
 
 @pasted

@@ -10,7 +10,7 @@ cache, both in the computing type; sums of chunks are float64. In so short chain
 from __future__ import annotations
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, below, rows_in, rows_of
+from batchnorm.kernels.cpu.inside_rows import ABSENT, COEFFICIENTS, below, piece, rows_in, rows_of, weight_of
 from batchnorm.kernels.cpu.inside_wide import (
     inlined,
     pasted,
@@ -39,6 +39,24 @@ def at_column(column, w, arrays):  # type: ignore[no-untyped-def]
     return (column - column % w) * arrays + column % w
 
 
+@inlined
+def place_of(block, c, x, r):  # type: ignore[no-untyped-def]
+    """Elements from the first row to the r-th."""
+    return r // c.inner * block[slots.X_OUTER] + r % c.inner * x.step
+
+
+@plain
+def measured_row(block, c, r, total):  # type: ignore[no-untyped-def]
+    """The first row from the r-th on, and round again, that has a weight in the statistics; -1 where none has."""
+    if block[slots.MASK] == 0 and block[slots.SAMPLE_WEIGHT] == 0:
+        return r if r < total else -1
+    for i in range(total):
+        place = r + i if r + i < total else r + i - total
+        if weight_of(block, place) > 0.0:
+            return place
+    return -1
+
+
 @plain
 def find_shift(block, c, sums, element):  # type: ignore[no-untyped-def]
     """The shift of each column, before its sums: the mean of some rows, or 0 where that is not finite.
@@ -49,13 +67,16 @@ def find_shift(block, c, sums, element):  # type: ignore[no-untyped-def]
     """
     x = rows_of(block, slots.X, c, 0, element)
     channels, w = block[slots.CHANNELS], wide(element)
+    total = c.outer * c.inner
+    first = measured_row(block, c, 0, total)
     for j in range(0, channels, w):
         count = min(w, channels - j)
-        shift = wide_load(x.base, j, count)
-        for sample in range(1, SAMPLES):
-            r = c.outer * c.inner * sample // SAMPLES
-            at = r // c.inner * block[slots.X_OUTER] + r % c.inner * x.step
-            d = vsub(wide_load(x.base, at + j, count), shift)
+        shift = wide_zero(element)
+        if first >= 0:
+            shift = wide_load(x.base, place_of(block, c, x, first) + j, count)
+        for sample in range(1, SAMPLES if first >= 0 else 0):
+            r = measured_row(block, c, total * sample // SAMPLES, total)
+            d = vsub(wide_load(x.base, place_of(block, c, x, r) + j, count), shift)
             shift = vfma(d, wide_splat(element, 1.0 / (sample + 1)), shift)
         wide_store(sums, 3 * j, wide_as_stored(x.base, wide_finite(shift)), None)
     for column in range(channels, c.columns):
@@ -72,13 +93,13 @@ def clear_sums(c, sums, element):  # type: ignore[no-untyped-def]
 
 
 @pasted
-def keep_sums(c, sums, partial, rows, element):  # type: ignore[no-untyped-def]
-    """Write the sums of a chunk, and how many rows it has (the caller's count: rows of the tensor, or weights)."""
+def keep_sums(c, sums, partial, count, element):  # type: ignore[no-untyped-def]
+    """Write the sums of a chunk, and the weight of all its rows."""
     w = wide(element)
     for j in range(0, c.padded, w):
         wide_store_float64(partial, j, wide_load(sums, 3 * j + w, None))
         wide_store_float64(partial, c.padded + j, wide_load(sums, 3 * j + 2 * w, None))
-    store(partial, 2 * c.padded, rows)
+    store(partial, 2 * c.padded, count)
 
 
 @pasted
@@ -87,8 +108,8 @@ def _add(sums, at, value):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _moments_strip(x, rows, ahead, sums, j, count, element):  # type: ignore[no-untyped-def]
-    """One wide vector of columns down the rows of a tile."""
+def _moments_strip(x, rows, ahead, scale, sums, j, count, element):  # type: ignore[no-untyped-def]
+    """One wide vector of columns down the rows of a tile; ``scale``: their weight."""
     w = wide(element)
     shift = wide_load(sums, 3 * j, None)
     total, squares = wide_zero(element), wide_zero(element)
@@ -101,18 +122,18 @@ def _moments_strip(x, rows, ahead, sums, j, count, element):  # type: ignore[no-
         total = vadd(total, d)
         squares = vfma(d, d, squares)
         at += x.step
-    _add(sums, 3 * j + w, total)
-    _add(sums, 3 * j + 2 * w, squares)
+    _add(sums, 3 * j + w, vmul(total, scale))
+    _add(sums, 3 * j + 2 * w, vmul(squares, scale))
 
 
 @pasted
-def _moments_tile(x, rows, ahead, columns, sums, element):  # type: ignore[no-untyped-def]
+def _moments_tile(x, rows, ahead, columns, scale, sums, element):  # type: ignore[no-untyped-def]
     w = wide(element)
     whole = columns - columns % w
     for j in range(0, whole, w):
-        _moments_strip(x, rows, ahead, sums, j, None, element)
+        _moments_strip(x, rows, ahead, scale, sums, j, None, element)
     if whole < columns:
-        _moments_strip(x, rows, ahead, sums, whole, columns - whole, element)
+        _moments_strip(x, rows, ahead, scale, sums, whole, columns - whole, element)
 
 
 @pasted
@@ -120,15 +141,17 @@ def moments_chunk(block, c, chunk, sums, partial, element):  # type: ignore[no-u
     """The partial sums of x - shift and of its square."""
     x = rows_of(block, slots.X, c, chunk, element)
     rows, rest = rows_in(c, chunk)
+    channels, count = block[slots.CHANNELS], 0.0
     clear_sums(c, sums, element)
     r = 0
     while r < rows + min(rest, 1):
-        here, columns = min(c.tile, rows - r), c.columns
-        if here == 0:  # the shorter row after the others
-            here, columns = 1, rest
-        _moments_tile(below(x, r), here, c.ahead, columns, sums, element)
+        here, columns, weight = piece(block, c, chunk, r, rows)
+        if weight > 0.0:
+            scale = wide_splat(element, weight)
+            _moments_tile(below(x, r), here, c.ahead, columns, scale, sums, element)
+            count += here * (columns // channels) * weight
         r += here
-    keep_sums(c, sums, partial, rows * c.fold + rest // block[slots.CHANNELS], element)
+    keep_sums(c, sums, partial, count, element)
 
 
 @inlined
@@ -177,9 +200,7 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     w = wide(element)
     whole = columns - columns % w
     for j in range(0, whole, w):
-        _gradient_strip(
-            dy, x, y, from_y, rows, ahead, coefficients, sums, j, None, activation, slope, element
-        )
+        _gradient_strip(dy, x, y, from_y, rows, ahead, coefficients, sums, j, None, activation, slope, element)
     if whole < columns:
         _gradient_strip(
             dy, x, y, from_y, rows, ahead, coefficients, sums, whole, columns - whole, activation, slope, element
@@ -193,15 +214,16 @@ def gradient_chunk(block, c, chunk, coefficients, sums, partial, element):  # ty
     y, from_y = rows_of(block, slots.Y, c, chunk, element), block[slots.Y] != 0
     activation, slope = block[slots.ACTIVATION], wide_splat(element, slot_float(block, slots.SLOPE))
     rows, rest = rows_in(c, chunk)
+    channels, count = block[slots.CHANNELS], 0.0
     clear_sums(c, sums, element)
     r = 0
     while r < rows + min(rest, 1):
-        here, columns = min(c.tile, rows - r), c.columns
-        if here == 0:  # the shorter row after the others
-            here, columns = 1, rest
-        _gradient_tile(
-            below(dy, r), below(x, r), below(y, r), from_y, here, c.ahead, columns, coefficients, sums,
-            activation, slope, element,
-        )  # fmt: skip
+        here, columns, weight = piece(block, c, chunk, r, rows)
+        if weight != ABSENT:
+            _gradient_tile(
+                below(dy, r), below(x, r), below(y, r), from_y, here, c.ahead, columns, coefficients, sums,
+                activation, slope, element,
+            )  # fmt: skip
+            count += here * (columns // channels) * weight
         r += here
-    keep_sums(c, sums, partial, rows * c.fold + rest // block[slots.CHANNELS], element)
+    keep_sums(c, sums, partial, count, element)
