@@ -21,7 +21,7 @@ from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
 
 # Fastest first. The last one serves everything.
-BACKENDS: dict[str, str] = {"eager": "batchnorm.kernels.eager"}
+BACKENDS: dict[str, str] = {"cpu": "batchnorm.kernels.cpu", "eager": "batchnorm.kernels.eager"}
 
 _named: ContextVar[str | None] = ContextVar("batchnorm_backend", default=None)
 

@@ -198,13 +198,14 @@ def backward_input(
         y = None if y is None else p.readable("y", y)
     dx = p.seen.empty(x) if needs.x else None
     dresidual = p.seen.empty(x) if needs.residual else None
-    both = torch.stack(sums).to(torch.float64)
+    # Divided here, since counts may differ from channel to channel: a COUNT of 1 then does the rest.
+    both = torch.stack(sums).to(torch.float64) / count
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean.data_ptr(),
             var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, 0, 0, _at(scratch),
-            eps, 0.0, activation.negative_slope, float(count),
+            eps, 0.0, activation.negative_slope, 1.0,
         )
     )  # fmt: skip
     return dx, dresidual
