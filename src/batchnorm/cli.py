@@ -60,3 +60,29 @@ def reproduce(
     settings = Settings(steps=steps, learning_rate=lr, weight_std=weight_std, seed=seed, seeds=seeds, threads=threads)
     terminal = Terminal(Console(), Console(stderr=True), quiet=quiet)
     raise typer.Exit(run(settings, data, out, terminal))
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Sizes of the input; may be repeated. [default: 32,64,56,56]")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64. [default: float32]")
+    ] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="contiguous or channels_last. [default: contiguous]")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="forward, forward+backward or inference. [default: all three]")
+    ] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="plain, relu or residual+relu. [default: plain]")] = None,
+    threads: Annotated[str, typer.Option(help="Numbers of threads, with commas between.")] = "1,all",
+    peers: Annotated[str, typer.Option(help="Rivals among torch, compile, onednn, flax.")] = "torch,compile,onednn",
+    seconds: Annotated[float, typer.Option(help="Time for each case.")] = 2.0,
+    json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a picture: .png, .svg or .pdf.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines in place of tables.")] = False,
+) -> None:
+    """Speed and memory of the layers on this machine, against PyTorch and a copy."""
+    from batchnorm.bench.command import bench as run
+
+    raise typer.Exit(run(shape, dtype, layout, mode, extra, threads, peers, seconds, json, plot, quiet=quiet))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 from batchnorm.bench import machine, plot, results
-from batchnorm.bench.cases import EXTRAS, MODES, parse_shape, parse_threads, product
+from batchnorm.bench.cases import MODES, Case, parse_shape, parse_threads
 from batchnorm.bench.measure import USER, Plan
 from batchnorm.bench.peers import OURS, PEERS
 from batchnorm.bench.results import SCHEMA, Report, ResNet, Row
 from batchnorm.bench.run import Entry, run
 from batchnorm.bench.show import Screen, opening, row_line, show
-from batchnorm.errors import ArgumentError, expected
+from batchnorm.errors import ArgumentError, BatchNormError, expected
 from batchnorm.report.files import require_writable
 
 SUCCESS = 0
-WRONG = 1  # a result of ours was off, or the results could not be written
+WRONG = 1  # a result of ours was off, networks that should agree differ, or the results could not be written
 REFUSED = 2  # nothing was measured: a file that cannot be written
 INTERRUPTED = 130  # as a shell counts Ctrl-C
 
@@ -30,11 +31,11 @@ _SAVE_EVERY = 60.0  # seconds: an interruption by force loses no more
 
 
 def bench(
-    shapes: Sequence[str],
-    dtypes: Sequence[str],
-    layouts: Sequence[str],
-    modes: Sequence[str],
-    extras: Sequence[str],
+    shapes: Sequence[str] | None,
+    dtypes: Sequence[str] | None,
+    layouts: Sequence[str] | None,
+    modes: Sequence[str] | None,
+    extras: Sequence[str] | None,
     threads: str,
     peers: str,
     seconds: float,
@@ -46,8 +47,8 @@ def bench(
     """The user's own shapes on the user's own machine.
 
     Arguments:
-        shapes: such as "32,64,56,56"
-        dtypes, layouts, modes, extras: names, see ``cases``; no modes or extras means all modes, "plain"
+        shapes: such as "32,64,56,56", which is the default
+        dtypes, layouts, modes, extras: names, see ``cases``. Default: float32, contiguous, every mode, plain
         threads: such as "1,all"
         peers: names from ``peers.PEERS`` with commas between
         seconds: to spend on each case
@@ -62,12 +63,15 @@ def bench(
     """
     if not 0 < seconds < float("inf"):
         raise ArgumentError(expected("bench", "more than 0 seconds for a case", seconds, "Give e.g. 2."))
-    if "channels_last" in layouts and (shape := next((s for s in map(parse_shape, shapes) if len(s) < 4), None)):
-        todo = "Take the contiguous layout."
-        raise ArgumentError(
-            expected("bench", "4 or 5 sizes for the layout channels_last", ",".join(map(str, shape)), todo)
-        )
-    cases = product(map(parse_shape, shapes), dtypes, layouts, extras or EXTRAS[:1], modes or MODES, family="own")
+    # One by one and not by ``product``, which leaves out what does not exist: here that was asked for.
+    cases = [
+        Case(parse_shape(shape), dtype, layout, mode, extra)
+        for shape in shapes or ["32,64,56,56"]
+        for dtype in dtypes or ["float32"]
+        for layout in layouts or ["contiguous"]
+        for extra in extras or ["plain"]
+        for mode in modes or MODES
+    ]
     entries = [Entry(case, parse_peers(peers), parse_threads(threads), memory=True) for case in cases]
     plan = Plan(rounds=USER.rounds, enough=USER.enough, budget=seconds)
     return carry_out(entries, plan, "own", Screen(quiet=quiet), json_path=json_path, plot_path=plot_path)
@@ -94,6 +98,7 @@ def carry_out(
     screen: Screen,
     *,
     networks: Iterable[Callable[[], ResNet]] = (),
+    limit: float = math.inf,
     json_path: Path | None = None,
     plot_path: Path | None = None,
 ) -> int:
@@ -105,6 +110,7 @@ def carry_out(
         registry: its name, for the JSON
         screen: where it is said
         networks: measurements of ResNet-50, made at the end
+        limit: seconds after which no other case is begun; those left out are named in the JSON and counted in print
         json_path: the JSON; written every minute too, with ``complete`` false
         plot_path: a picture, its kind by its suffix
 
@@ -120,11 +126,13 @@ def carry_out(
         if path is not None and (why := _unwritable(path)) is not None:
             screen.complain(expected("bench", "a file that can be written", f"{path}: {why}", "Choose another one."))
             return REFUSED
-    begun, saved = time.perf_counter(), time.perf_counter()
+    begun = saved = time.perf_counter()
+    finished = failed = False
     report = Report(
         schema=SCHEMA,
         registry=registry,
         complete=False,
+        left_out=[],
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=0.0,
         plan=asdict(plan),
@@ -136,16 +144,29 @@ def carry_out(
     here = opening(report["machine"])
     screen.say(here)
     total = sum(len(entry.threads) for entry in entries)
+
+    def in_time() -> Iterator[Entry]:
+        for entry in entries:
+            if time.perf_counter() - begun < limit:
+                yield entry
+            else:
+                report["left_out"].append(str(entry.case))
+
     try:
-        for row in run(entries, plan):
+        for row in run(in_time(), plan):
             report["rows"].append(row)
             screen.say(f"[{len(report['rows'])}/{total}] {row_line(row)}")
             if json_path is not None and time.perf_counter() - saved > _SAVE_EVERY:
                 saved = time.perf_counter()
                 results.write(json_path, _closed(report, saved - begun))
         for network in networks:
-            report["resnet50"].append(network())
-        report["complete"] = True
+            try:
+                report["resnet50"].append(network())
+            except BatchNormError as error:
+                failed = True
+                screen.complain(str(error))
+        report["complete"] = not report["left_out"]
+        finished = True
     except KeyboardInterrupt:
         screen.complain("Interrupted: what was measured until here is kept.")
     report = _closed(report, time.perf_counter() - begun)
@@ -159,9 +180,9 @@ def carry_out(
     except OSError as error:
         screen.complain(f"bench: the results could not be written: {error.strerror}.")
         return WRONG
-    if not report["complete"]:
+    if not finished:
         return INTERRUPTED
-    return WRONG if any(_is_wrong(row) for row in report["rows"]) else SUCCESS
+    return WRONG if failed or any(_is_wrong(row) for row in report["rows"]) else SUCCESS
 
 
 def _closed(report: Report, seconds: float) -> Report:

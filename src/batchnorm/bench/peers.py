@@ -51,13 +51,6 @@ class Program:
         assert isinstance(mean, Tensor) and isinstance(var, Tensor)
         return mean, var
 
-    def reset(self, problem: Problem) -> None:
-        """Running statistics as they were at the start."""
-        running = self.running()
-        if running is not None:
-            running[0].copy_(problem.running_mean)
-            running[1].copy_(problem.running_var)
-
 
 class Block(nn.Module):
     """PyTorch's layers one after the other, with everything in place that may be, as in torchvision's ResNet."""

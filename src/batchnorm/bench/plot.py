@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchnorm.bench.peers import OURS, TITLES
-from batchnorm.bench.results import Row
+from batchnorm.bench.results import Row, name_of
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.report.files import write_whole
 
@@ -45,6 +45,7 @@ def draw(path: Path, rows: Sequence[Row], machine: str) -> int:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
 
     shown = [row for row in rows if OURS in row["times_copy"]][:_ROWS]
     if not shown:
@@ -62,15 +63,18 @@ def draw(path: Path, rows: Sequence[Row], machine: str) -> int:
         axes.axvline(1.0, color="0.35", linewidth=0.9, linestyle=(0, (1, 2)))
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="minor", labelsize=7)
         axes.set_xlabel("time, as a multiple of a copy of the input (log scale); medians")
-        axes.set_yticks(range(len(shown)), [_label(row) for row in shown])
+        axes.set_yticks(
+            range(len(shown)), [name_of(row).replace(f" {row['mode']}", f"\n{row['mode']}") for row in shown]
+        )
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.92", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_title(machine, fontsize=7.5, loc="left", color="0.35")
+        figure.suptitle(machine.replace("; ", "\n"), fontsize=7.5, x=0.01, ha="left", color="0.35")
         present = [peer for peer in _MARKS if any(peer in row["times_copy"] for row in shown)]
         handles = [
             Line2D([], [], marker=_MARKS[peer][0], color=_MARKS[peer][1], linestyle="none", label=TITLES[peer])
@@ -81,9 +85,3 @@ def draw(path: Path, rows: Sequence[Row], machine: str) -> int:
         figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=200)
     write_whole(path.parent, {path.name: buffer.getvalue()})
     return len(shown)
-
-
-def _label(row: Row) -> str:
-    extra = "" if row["extra"] == "plain" else f" {row['extra']}"
-    size = "×".join(map(str, row["shape"]))
-    return f"{size} {row['dtype']} {row['layout']}\n{row['mode']}{extra}, {row['threads']} thr."

@@ -14,7 +14,8 @@ EPS = 1e-5
 MOMENTUM = 0.1
 
 # dtype -> (of the value itself, of the largest value): what an honest implementation may be off by. 16-bit results
-# are rounded up to three times where torch runs three layers one after the other. With the data below a missing term
+# are rounded up to three times where torch runs three layers one after the other, and torch.compile rounds even the
+# gradients of float32 parameters to the input's dtype. With the data below a missing term
 # or a wrong sign shows at 0.1 of the largest value and more.
 TOLERANCE = {
     "float64": (0.0, 1e-10),
@@ -25,7 +26,7 @@ TOLERANCE = {
 # Within this of 0, relative to the largest |z|, the sign that ReLU looks at may differ by rounding: dy is 0 there.
 _KINK = {"float64": 1e-9, "float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 
-_CHUNK = 1 << 21  # elements: the float64 intermediates of one chunk stay small
+_CHUNK = 1 << 19  # elements: the float64 intermediates of one chunk stay small
 _SHIFTS = (0, 10007, 20011)  # where x, dy and the residual begin in one stretch of noise
 
 
@@ -136,7 +137,7 @@ class Problem:
         for name, got in zip(("y", "dx", "dweight", "dbias", "dresidual"), result, strict=False):
             want = self.expected[name]
             if name in ("dweight", "dbias"):
-                found = _compare(name, got, want, self.expected[f"{name}_scale"] * exact, 0.0)
+                found = _compare(name, got, want, self.expected[f"{name}_scale"] * exact, relative)
             else:
                 found = _compare(name, got, want, want.abs().amax() * absolute, relative)
             if found is not None:

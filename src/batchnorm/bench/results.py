@@ -115,7 +115,8 @@ class Report(TypedDict):
 
     schema: int
     registry: str  # "short", "full", or "own" for shapes from the command line
-    complete: bool  # False: interrupted
+    complete: bool  # False: interrupted, or cases were left out
+    left_out: list[str]  # cases for which there was no time
     started: str  # UTC, ISO 8601
     seconds: float
     plan: dict[str, float]  # the fields of measure.Plan
@@ -123,6 +124,13 @@ class Report(TypedDict):
     rows: list[Row]
     groups: list[Group]
     resnet50: list[ResNet]
+
+
+def name_of(row: Row) -> str:
+    """The case in words, as ``Case`` writes it, and the threads."""
+    extra = "" if row["extra"] == "plain" else f" {row['extra']}"
+    case = f"{'×'.join(map(str, row['shape']))} {row['dtype']} {row['layout']} {row['mode']}{extra}"
+    return f"{case}, {row['threads']} thread" + ("" if row["threads"] == 1 else "s")
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:

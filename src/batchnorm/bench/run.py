@@ -90,12 +90,9 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _try(program: Program, problem: Problem) -> str | None:
-    """Run it twice, to compile and to check; what is wrong with the result, or None."""
-    program.run()
-    if not program.checked:
-        return None
-    program.reset(problem)
-    return problem.check(program.read(program.run()), program.running())
+    """Run it for the first time, which may compile it; what is wrong with the result, or None."""
+    result = program.run()
+    return problem.check(program.read(result), program.running()) if program.checked else None
 
 
 def _row(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from batchnorm.bench.peers import OURS, TITLES
-from batchnorm.bench.results import Extreme, Group, Report, ResNet, Row, lost, skipped, wrong
+from batchnorm.bench.results import Extreme, Group, Report, ResNet, Row, lost, name_of, skipped, wrong
 
 _SHOWN = ("torch", "compile", "onednn", "flax")
 
@@ -68,10 +68,7 @@ def row_line(row: Row) -> str:
 
     The name of the peer, then how many times as long as ours it takes; below 1, ours is the slower one.
     """
-    name = f"{_size(row['shape'])} {row['dtype']} {row['layout']} {row['mode']}"
-    if row["extra"] != "plain":
-        name += f" {row['extra']}"
-    start = f"{name}, {_threads(row['threads'])}"
+    start = name_of(row)
     own = row["peers"][OURS]
     if own["median"] is None:
         return f"{start}: NO SPEED, {row['backend']} is wrong: {own['why']}"
@@ -94,12 +91,12 @@ def show(screen: Screen, report: Report) -> None:
     screen.table(
         "Lost: cases in which torch or oneDNN is faster by more than 5 %, the worst first",
         ("case", "ours ÷ the fastest"),
-        [(_name(row), f"{row['lost'] or 0:.2f}") for row in lost(rows)],
+        [(name_of(row), f"{row['lost'] or 0:.2f}") for row in lost(rows)],
     )
     screen.table(
         "Wrong: results off against float64, for which no speed is reported",
         ("case", "peer", "error"),
-        [(_name(row), TITLES[peer], why) for row, peer, why in wrong(rows)],
+        [(name_of(row), TITLES[peer], why) for row, peer, why in wrong(rows)],
     )
     screen.table(
         "Memory of a step forward and backward, ours ÷ torch's",
@@ -111,6 +108,8 @@ def show(screen: Screen, report: Report) -> None:
         if peer != "memmove":  # part of the yardstick, not a rival
             counted = "; ".join(f"{why} ({_plural(count, 'case')})" for why, count in reasons.items())
             screen.say(f"{TITLES[peer]} skipped: {counted}")
+    if report["left_out"]:
+        screen.say(f"Left out for want of time: {_plural(len(report['left_out']), 'case')}, named in the JSON")
     if rows:
         screen.say(_verdict(rows))
 
@@ -146,7 +145,7 @@ def _memory_rows(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         kept, peak = (
             f"{_ratio(used[OURS][key], used['torch'][key])} ({_bytes(used[OURS][key])})" for key in ("kept", "peak")
         )
-        found.append((_name(row), kept, peak))
+        found.append((name_of(row), kept, peak))
     return found
 
 
@@ -185,12 +184,6 @@ def _extreme(found: Extreme | None, unit: str) -> str:
     if found is None:
         return ""
     return f"{found['mean']:.2f}{unit} ({found['worst']:.2f}{unit} at {_size(found['shape'])})"
-
-
-def _name(row: Row) -> str:
-    extra = "" if row["extra"] == "plain" else f" {row['extra']}"
-    what = f"{_size(row['shape'])} {row['dtype']} {row['layout']} {row['mode']}{extra}"
-    return f"{what}, {_threads(row['threads'])}"
 
 
 def _size(shape: Sequence[int]) -> str:
