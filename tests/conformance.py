@@ -132,7 +132,12 @@ def load(name: str) -> ModuleType:
 
 
 def skip_unless_served(kernel: ModuleType, inputs: Inputs) -> None:
-    why = kernel.supports(inputs.x, activation=inputs.activation, mask=inputs.mask, sample_weight=inputs.sample_weight)
+    skip_unless(kernel, inputs.x, activation=inputs.activation, mask=inputs.mask, sample_weight=inputs.sample_weight)
+
+
+def skip_unless(kernel: ModuleType, x: Tensor, **call: Any) -> None:
+    """A visible skip, with the kernel's own reason, where it does not serve such a call."""
+    why = kernel.supports(x, **call)
     if why is not None:
         pytest.skip(f"{kernel.NAME}: {why}")
 
