@@ -45,6 +45,7 @@ from batchnorm.kernels.cpu.inside_sums import find_shift, gradient_chunk, moment
 from batchnorm.kernels.cpu.inside_wide import (
     fence,
     pasted,
+    plain,
     real_pointer,
     wide,
     wide_divide,
@@ -90,13 +91,13 @@ def phases(threads: int) -> tuple[int, ...]:
     return (0,) if threads == 1 or _has_barrier else (1, 2)
 
 
-@pasted
+@plain
 def _wait(block, threads):  # type: ignore[no-untyped-def]
     if threads > 1 and block[slots.PHASE] == 0:
         _barrier()
 
 
-@pasted
+@plain
 def _my_columns(block, c, thread, threads):  # type: ignore[no-untyped-def]
     """The columns whose totals this thread adds up: a share, or in a launch of its own all of them."""
     if block[slots.PHASE] != 0:
@@ -108,7 +109,7 @@ def _my_columns(block, c, thread, threads):  # type: ignore[no-untyped-def]
     return first * w, last * w
 
 
-@pasted
+@plain
 def _coefficients(block, c, element):  # type: ignore[no-untyped-def]
     """(of the columns, of the channels): two places where rows are folded, one otherwise."""
     columns = block[slots.SCRATCH]
@@ -116,17 +117,17 @@ def _coefficients(block, c, element):  # type: ignore[no-untyped-def]
     return real_pointer(columns, element), real_pointer(channels, element)
 
 
-@pasted
+@plain
 def _sums(block, c, thread, element):  # type: ignore[no-untyped-def]
     return real_pointer(block[slots.SCRATCH] + 8 * at_sums(c.padded, c.chunks, thread), element)
 
 
-@pasted
+@plain
 def _totals(block, c, thread):  # type: ignore[no-untyped-def]
     return pointer(block[slots.SCRATCH] + 8 * at_totals(c.padded, c.chunks, thread), FLOAT64)
 
 
-@pasted
+@plain
 def _partial(block, c, chunk):  # type: ignore[no-untyped-def]
     return pointer(block[slots.SCRATCH] + 8 * at_partial(c.padded, chunk), FLOAT64)
 
@@ -224,7 +225,7 @@ def _add_gradients(block, c, thread, threads, element):  # type: ignore[no-untyp
         gradient_chunk(block, c, chunk, columns, sums, _partial(block, c, chunk), element)
 
 
-@pasted
+@plain
 def _centre(block, j, n, element):  # type: ignore[no-untyped-def]
     """(mean - hi, 1 / sqrt(var + eps)) of channels j to j + n."""
     mean, var = read_statistics(block, j, n)

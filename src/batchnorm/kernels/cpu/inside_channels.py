@@ -21,7 +21,6 @@ from batchnorm.kernels.cpu.inside_sums import at_column
 from batchnorm.kernels.cpu.inside_wide import (
     channels_load,
     channels_store,
-    pasted,
     plain,
     stays_a_call,
     wide,
@@ -147,14 +146,14 @@ def finish_moments(block, c, totals, shifts, j, n, count, element):  # type: ign
     return mean, m2
 
 
-@pasted
+@plain
 def read_statistics(block, j, n):  # type: ignore[no-untyped-def]
     """(mean, biased variance) of channels j to j + n, from MEAN and VAR."""
     code = block[slots.STATISTICS_DTYPE]
     return read_channels(block[slots.MEAN], code, j, n), read_channels(block[slots.VAR], code, j, n)
 
 
-@pasted
+@plain
 def write_statistics(block, j, n, count, mean, m2, moments):  # type: ignore[no-untyped-def]
     """STATS: (count, mean, m2) where ``moments``, else (mean, var). Gives the biased variance."""
     stats, channels = block[slots.STATS], block[slots.CHANNELS]
@@ -169,7 +168,7 @@ def write_statistics(block, j, n, count, mean, m2, moments):  # type: ignore[no-
     return var
 
 
-@pasted
+@plain
 def update_running(block, j, n, count, mean, m2):  # type: ignore[no-untyped-def]
     """The running statistics, where there are any: r += factor * (batch - r), with the unbiased variance."""
     code = block[slots.RUNNING_DTYPE]
@@ -208,7 +207,7 @@ def write_coefficients(block, coefficients, j, n, mean, var, element):  # type: 
     return low, invstd
 
 
-@pasted
+@plain
 def write_gradient_coefficients(coefficients, j, n, sum_dz, sum_dz_xhat, count, low, invstd, element):  # type: ignore[no-untyped-def]
     """k1 and k2 of channels j to j + n."""
     w = wide(element)
@@ -220,7 +219,7 @@ def write_gradient_coefficients(coefficients, j, n, sum_dz, sum_dz_xhat, count, 
     channels_store(coefficients, at + 4 * w, k2, n)
 
 
-@pasted
+@plain
 def write_parameter_gradients(block, j, n, sum_dz, sum_dz_xhat):  # type: ignore[no-untyped-def]
     """dbias, dweight and SUMS of channels j to j + n, where wanted."""
     code = block[slots.PARAMETER_DTYPE]

@@ -16,7 +16,6 @@ from batchnorm.kernels.cpu.inside_wide import (
     CACHE_LINE,
     inlined,
     item_bytes,
-    pasted,
     plain,
     prefetch,
     wide,
@@ -88,7 +87,7 @@ def _normalize_strip(  # type: ignore[no-untyped-def]
         y_at += y.step
 
 
-@pasted
+@plain
 def _normalize_tile(  # type: ignore[no-untyped-def]
     x, y, residual, added, rows, ahead, columns, coefficients, activation, slope, stream, element
 ):
@@ -102,7 +101,7 @@ def _normalize_tile(  # type: ignore[no-untyped-def]
         )
 
 
-@pasted
+@plain
 def normalize_chunk(block, c, chunk, coefficients, element):  # type: ignore[no-untyped-def]
     """y of a chunk."""
     x, y = rows_of(block, slots.X, c, chunk, element), rows_of(block, slots.Y, c, chunk, element)
@@ -158,7 +157,7 @@ def _input_strip(  # type: ignore[no-untyped-def]
         x_at += x.step
 
 
-@pasted
+@plain
 def _input_tile(  # type: ignore[no-untyped-def]
     dy, x, y, dx, dresidual, how, rows, ahead, columns, weight, coefficients, activation, slope, stream, element
 ):
@@ -175,7 +174,7 @@ def _input_tile(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@pasted
+@plain
 def input_chunk(block, c, chunk, coefficients, training, element):  # type: ignore[no-untyped-def]
     """dx and dresidual of a chunk, where wanted."""
     dy = rows_of(block, slots.DY, c, chunk, element)

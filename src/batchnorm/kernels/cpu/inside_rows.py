@@ -3,9 +3,9 @@
 A tensor is seen as rows of C channels that lie side by side. Rows are cut into *chunks*, always the same ones
 whatever the number of threads: each chunk has partial sums of its own, and these are merged in order, so that
 the result has the same bits on any number of threads. A thread takes a run of chunks, the same ones in each
-sweep. Inside a chunk, *tiles* of 8 to 16 rows stay in cache while one wide vector of channels after the other
-goes down their rows with its sums in registers; memory some 16 KiB further on is asked for meanwhile, line by
-line, because the prefetchers cannot follow such an order.
+sweep. Inside a chunk, *tiles* of some rows (8 or more, 16 KiB) stay in cache while one wide vector of channels
+after the other goes down their rows with its sums in registers; memory some 16 KiB further on is asked for
+meanwhile, line by line, because the prefetchers cannot follow such an order.
 
 Rows with few channels are *folded* where memory has no gaps between them: ``fold`` rows are seen as one, so
 that rows of 3 channels become rows of 192 columns, and the columns of a channel are added up at the end. The
@@ -17,14 +17,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.inside_wide import byte_at, item_bytes, moved, pasted, plain, wide, wide_lanes
+from batchnorm.kernels.cpu.inside_wide import byte_at, item_bytes, moved, plain, wide, wide_lanes
 from batchnorm.kernels.cpu.scalars import FLOAT64, load, pointer
 
-CHUNK_ROWS = 256  # at most
+CHUNK_ROWS = 1024  # at most; a quarter of that where there are more than 256 columns
 CHUNKS = 16  # at least, where there are rows enough: work for as many threads
 CHUNK_ELEMENTS = 16 * 1024  # a chunk has at least so many, where there are
 TILE_BYTES = 16 * 1024
-TILE_ROWS = 8  # at least, and at most twice that: see inside_sums
+TILE_ROWS = 8  # at least
 FOLDED_COLUMNS = 1024  # at most
 COEFFICIENTS = 5  # per channel: hi, a, b, k1, k2 (see inside_channels)
 ABSENT = -1.0  # the weight of a row that is masked out
@@ -87,10 +87,11 @@ def cut(merged, gapless, outer, inner, channels, lanes, item_bytes):  # type: ig
     columns = fold * channels
     padded = lanes * ((columns + lanes - 1) // lanes)
     least = max(TILE_ROWS, (CHUNK_ELEMENTS + columns - 1) // max(columns, 1))
-    rows = min(CHUNK_ROWS, max(least, (outer * inner + CHUNKS - 1) // CHUNKS))
+    most = min(CHUNK_ROWS, max(CHUNK_ROWS // 4, 4 * least))
+    rows = min(most, max(least, (outer * inner + CHUNKS - 1) // CHUNKS))
     per_run = (inner + rows - 1) // rows
     ahead = max(TILE_ROWS, TILE_BYTES // max(columns * item_bytes, 1))
-    tile = min(rows, ahead, 2 * TILE_ROWS)
+    tile = min(rows, ahead)
     return Cut(merged, outer, inner, fold, rest, columns, padded, rows, per_run, outer * per_run, tile, ahead)
 
 
@@ -112,7 +113,7 @@ def cut_of(block, element):  # type: ignore[no-untyped-def]
     return cut(merged, gapless and merged, outer, inner, channels, wide(element), item_bytes(element))
 
 
-@pasted
+@plain
 def rows_in(c, chunk):  # type: ignore[no-untyped-def]
     """How many rows a chunk has, and how many columns the shorter row after them, if any."""
     first = chunk % c.per_run * c.rows
@@ -166,19 +167,19 @@ def piece(block, c, chunk, r, rows):  # type: ignore[no-untyped-def]
     return here, c.columns, weight
 
 
-@pasted
+@plain
 def ahead_of(c, r, rows):  # type: ignore[no-untyped-def]
     """How many rows after the r-th of a chunk is what to ask for, where the chunk before this one is the next."""
     return c.ahead if r + c.ahead < rows else c.ahead - rows - c.rows
 
 
-@pasted
+@plain
 def below(rows, r):  # type: ignore[no-untyped-def]
     """The rows from the r-th on."""
     return Rows(moved(rows.base, r * rows.step), rows.step)
 
 
-@pasted
+@plain
 def share(total, thread, threads):  # type: ignore[no-untyped-def]
     """This thread's part, [first, last), of so many pieces."""
     return total * thread // threads, total * (thread + 1) // threads
@@ -188,25 +189,25 @@ def share(total, thread, threads):  # type: ignore[no-untyped-def]
 # rows are folded), partial sums of each chunk, a work area of each thread.
 
 
-@pasted
+@plain
 def at_channels(padded):  # type: ignore[no-untyped-def]
     """Coefficients of the channels, before they are spread over the columns of folded rows."""
     return COEFFICIENTS * padded
 
 
-@pasted
+@plain
 def at_partial(padded, chunk):  # type: ignore[no-untyped-def]
     """Two sums per column, and the count of the chunk's rows."""
     return 2 * COEFFICIENTS * padded + chunk * (2 * padded + PAD)
 
 
-@pasted
+@plain
 def at_sums(padded, chunks, thread):  # type: ignore[no-untyped-def]
     """A shift and two sums per column, in the computing type."""
     return at_partial(padded, chunks) + thread * (5 * padded + PAD)
 
 
-@pasted
+@plain
 def at_totals(padded, chunks, thread):  # type: ignore[no-untyped-def]
     """Two sums per column, over all chunks."""
     return at_sums(padded, chunks, thread) + 3 * padded

@@ -3,8 +3,8 @@
 Forward: sums of x - shift and of its square, about a shift per channel that is the mean of a few rows spread
 over the tensor, so that the second sum keeps its digits. Backward: sums of dz and of dz * (x - hi).
 
-Sums over a tile of up to 16 rows are kept in registers, sums over the up to 32 tiles of a chunk in the first-level
-cache, both in the computing type; sums of chunks are float64. In so short chains rounding errors come to about 1e-7.
+Rows are added up in groups of 16, the up to 64 groups of a chunk one after the other, both in the computing type;
+sums of chunks are float64. In so short chains rounding errors come to about 1e-7 of the sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.inside_rows import ABSENT, COEFFICIENTS, below, piece, rows_in, rows_of, weight_of
 from batchnorm.kernels.cpu.inside_wide import (
     inlined,
-    pasted,
     plain,
     prefetch,
     wide,
@@ -31,6 +30,7 @@ from batchnorm.kernels.cpu.scalars import load, slot_float, store
 from batchnorm.kernels.cpu.vectors import vadd, vfirst, vfma, vmul, vsub
 
 SAMPLES = 8  # rows whose mean is the shift
+GROUP = 16  # rows whose sum is rounded apart
 
 
 @inlined
@@ -83,7 +83,7 @@ def find_shift(block, c, sums, element):  # type: ignore[no-untyped-def]
         store(sums, at_column(column, w, 3), load(sums, at_column(column - channels, w, 3)))
 
 
-@pasted
+@plain
 def clear_sums(c, sums, element):  # type: ignore[no-untyped-def]
     """Start a chunk."""
     w = wide(element)
@@ -92,7 +92,7 @@ def clear_sums(c, sums, element):  # type: ignore[no-untyped-def]
         wide_store(sums, 3 * j + 2 * w, wide_zero(element), None)
 
 
-@pasted
+@plain
 def keep_sums(c, sums, partial, count, element):  # type: ignore[no-untyped-def]
     """Write the sums of a chunk, and the weight of all its rows."""
     w = wide(element)
@@ -102,31 +102,29 @@ def keep_sums(c, sums, partial, count, element):  # type: ignore[no-untyped-def]
     store(partial, 2 * c.padded, count)
 
 
-@pasted
-def _add(sums, at, value):  # type: ignore[no-untyped-def]
-    wide_store(sums, at, vadd(wide_load(sums, at, None), value), None)
-
-
 @inlined
 def _moments_strip(x, rows, ahead, scale, sums, j, count, element):  # type: ignore[no-untyped-def]
     """One wide vector of columns down the rows of a tile; ``scale``: their weight."""
     w = wide(element)
     shift = wide_load(sums, 3 * j, None)
-    total, squares = wide_zero(element), wide_zero(element)
+    all_total, all_squares = wide_load(sums, 3 * j + w, None), wide_load(sums, 3 * j + 2 * w, None)
     at = j
-    for _ in range(rows):
-        prefetch(x.base, at + ahead * x.step)
-        d = vsub(wide_load(x.base, at, count), shift)
-        if count is not None:
-            d = vfirst(d, count)
-        total = vadd(total, d)
-        squares = vfma(d, d, squares)
-        at += x.step
-    _add(sums, 3 * j + w, vmul(total, scale))
-    _add(sums, 3 * j + 2 * w, vmul(squares, scale))
+    for first in range(0, rows, GROUP):
+        total, squares = wide_zero(element), wide_zero(element)
+        for _ in range(min(GROUP, rows - first)):
+            prefetch(x.base, at + ahead * x.step)
+            d = vsub(wide_load(x.base, at, count), shift)
+            if count is not None:
+                d = vfirst(d, count)
+            total = vadd(total, d)
+            squares = vfma(d, d, squares)
+            at += x.step
+        all_total, all_squares = vfma(total, scale, all_total), vfma(squares, scale, all_squares)
+    wide_store(sums, 3 * j + w, all_total, None)
+    wide_store(sums, 3 * j + 2 * w, all_squares, None)
 
 
-@pasted
+@plain
 def _moments_tile(x, rows, ahead, columns, scale, sums, element):  # type: ignore[no-untyped-def]
     w = wide(element)
     whole = columns - columns % w
@@ -136,7 +134,7 @@ def _moments_tile(x, rows, ahead, columns, scale, sums, element):  # type: ignor
         _moments_strip(x, rows, ahead, scale, sums, whole, columns - whole, element)
 
 
-@pasted
+@plain
 def moments_chunk(block, c, chunk, sums, partial, element):  # type: ignore[no-untyped-def]
     """The partial sums of x - shift and of its square."""
     x = rows_of(block, slots.X, c, chunk, element)
@@ -172,28 +170,31 @@ def _gradient_strip(  # type: ignore[no-untyped-def]
     hi = wide_load(coefficients, COEFFICIENTS * j, None)
     a = wide_load(coefficients, COEFFICIENTS * j + w, None)
     b = wide_load(coefficients, COEFFICIENTS * j + 2 * w, None)
-    total, products = wide_zero(element), wide_zero(element)
+    all_total, all_products = wide_load(sums, 3 * j + w, None), wide_load(sums, 3 * j + 2 * w, None)
     dy_at, x_at, y_at = j, j, j
-    for _ in range(rows):
-        prefetch(dy.base, dy_at + ahead * dy.step)
-        prefetch(x.base, x_at + ahead * x.step)
-        dz = wide_load(dy.base, dy_at, count)
-        d = vsub(wide_load(x.base, x_at, count), hi)
-        if from_y:
-            prefetch(y.base, y_at + ahead * y.step)
-            dz = gated(dz, wide_load(y.base, y_at, count), activation, slope)
-            y_at += y.step
-        else:
-            dz = gated(dz, vfma(d, a, b), activation, slope)
-        total = vadd(total, dz)
-        products = vfma(dz, d, products)
-        dy_at += dy.step
-        x_at += x.step
-    _add(sums, 3 * j + w, total)
-    _add(sums, 3 * j + 2 * w, products)
+    for first in range(0, rows, GROUP):
+        total, products = wide_zero(element), wide_zero(element)
+        for _ in range(min(GROUP, rows - first)):
+            prefetch(dy.base, dy_at + ahead * dy.step)
+            prefetch(x.base, x_at + ahead * x.step)
+            dz = wide_load(dy.base, dy_at, count)
+            d = vsub(wide_load(x.base, x_at, count), hi)
+            if from_y:
+                prefetch(y.base, y_at + ahead * y.step)
+                dz = gated(dz, wide_load(y.base, y_at, count), activation, slope)
+                y_at += y.step
+            else:
+                dz = gated(dz, vfma(d, a, b), activation, slope)
+            total = vadd(total, dz)
+            products = vfma(dz, d, products)
+            dy_at += dy.step
+            x_at += x.step
+        all_total, all_products = vadd(all_total, total), vadd(all_products, products)
+    wide_store(sums, 3 * j + w, all_total, None)
+    wide_store(sums, 3 * j + 2 * w, all_products, None)
 
 
-@pasted
+@plain
 def _gradient_tile(  # type: ignore[no-untyped-def]
     dy, x, y, from_y, rows, ahead, columns, coefficients, sums, activation, slope, element
 ):
@@ -207,7 +208,7 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
         )
 
 
-@pasted
+@plain
 def gradient_chunk(block, c, chunk, coefficients, sums, partial, element):  # type: ignore[no-untyped-def]
     """The partial sums of dz and of dz * (x - hi)."""
     dy, x = rows_of(block, slots.DY, c, chunk, element), rows_of(block, slots.X, c, chunk, element)
