@@ -41,19 +41,24 @@ def supports(
         return f"{activation.name} is not fused here"
     if activation.negative_slope < 0:
         return "leaky_relu with a negative slope changes the sign that backward looks at"
-    if mask is not None or sample_weight is not None:
-        return "masks and weights are not compiled"
+    for name, t in (("mask", mask), ("sample_weight", sample_weight)):
+        if t is not None and t.shape[1] != 1 and x.shape[1] != 1:
+            return f"a {name} of each channel's own"
     return None
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
-    p = plan.find("MOMENTS", x, {}, (), IDENTITY, None, torch.float64)
+    masked = mask is not None or sample_weight is not None
+    p = plan.find("MOMENTS", x, {}, (), IDENTITY, None, torch.float64, masked=masked)
     x = p.readable("x", x) if p.copied else x
     stats = torch.empty((3, p.channels), dtype=torch.float64)
+    if masked:
+        mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
     p.run(
         pack_what(
-            x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0, stats.data_ptr(), 0, 0, 0, 0, 0, 0, 0, _at(scratch),
+            x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0, stats.data_ptr(), 0, 0, 0, 0, 0, _at(mask), _at(sample_weight),
+            _at(scratch),
             0.0, 0.0, 0.0, 0.0,
         )
     )  # fmt: skip
@@ -76,18 +81,21 @@ def normalize(
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     given = {"residual": residual} if out is None else {"residual": residual, "y": out}
-    p = plan.find("NORMALIZE", x, given, ("y",) if out is None else (), activation, parameter, mean.dtype)
+    p = plan.find("NORMALIZE", x, given, ("y",) if out is None else (), activation, parameter, mean.dtype,
+                  masked=mask is not None)  # fmt: skip
     aside = None
     if p.copied:
         x = p.readable("x", x)
         residual = None if residual is None else p.readable("residual", residual)
         aside = out if "y" in p.copied else None
     y = p.seen.empty(x) if out is None or aside is not None else out
+    if mask is not None:
+        mask = p.positions(mask, torch.uint8)
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), mean.data_ptr(),
-            var.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
+            var.data_ptr(), 0, 0, 0, 0, 0, 0, _at(mask), 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
     return y if aside is None else aside.copy_(y)
@@ -110,23 +118,31 @@ def forward(
     factor = 0.0
     if running is not None and _in_place(running):
         running_mean, running_var, factor = running.mean, running.var, float(running.factor)
-    p = plan.find("FORWARD", x, {"residual": residual}, ("y",), activation, parameter, torch.float64, running_mean)
+    masked = mask is not None or sample_weight is not None
+    p = plan.find(
+        "FORWARD", x, {"residual": residual}, ("y",), activation, parameter, torch.float64, running_mean, masked
+    )
     if p.copied:
         x = p.readable("x", x)
         residual = None if residual is None else p.readable("residual", residual)
     y = torch.empty_like(x) if p.seen.dense else p.seen.empty(x)
     stats = torch.empty((2, p.channels), dtype=torch.float64)
     at = stats.data_ptr()
+    positions, weights = mask, sample_weight
+    if masked:
+        positions, weights = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), at, at + 8 * p.channels, at,
-            _at(running_mean), _at(running_var), 0, 0, 0, 0, 0, _at(scratch),
+            _at(running_mean), _at(running_var), 0, 0, 0, _at(positions), _at(weights), _at(scratch),
             eps, factor, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
     if running is not None and running_mean is None:
-        count = torch.full((p.channels,), x.numel() / p.channels, dtype=torch.float64)
+        count = eager.count_of(x, mask, sample_weight)
+        if not isinstance(count, Tensor):
+            count = torch.full((p.channels,), count, dtype=torch.float64)
         eager.update(running, Moments(count, stats[0], stats[1] * count))
     return y, stats
 
@@ -148,16 +164,20 @@ def backward_sums(
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
-    p = plan.find("BACKWARD_SUMS", x, {"dy": dy, "y": y}, (), activation, parameter, mean.dtype)
+    p = plan.find(
+        "BACKWARD_SUMS", x, {"dy": dy, "y": y}, (), activation, parameter, mean.dtype, masked=mask is not None
+    )
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
     sums = torch.empty((2, p.channels), dtype=torch.float64)
+    if mask is not None:
+        mask = p.positions(mask, torch.uint8)
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, 0, 0, _at(weight), _at(bias), mean.data_ptr(), var.data_ptr(), 0,
-            0, 0, sums.data_ptr(), 0, 0, 0, 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
+            0, 0, sums.data_ptr(), 0, 0, _at(mask), 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
     return sums[0], sums[1]
@@ -184,7 +204,7 @@ def backward_input(
     if sums is None:
         stats = torch.stack((mean, var))
         dx, _, _, dresidual = backward(
-            dy, x, stats, eps, weight, bias, training=False, y=y, activation=activation,
+            dy, x, stats, eps, weight, bias, training=False, y=y, activation=activation, mask=mask,
             needs=Needs(needs.x, False, False, needs.residual),
         )  # fmt: skip
         return dx, dresidual
@@ -192,7 +212,8 @@ def backward_input(
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
     written = ("dx",) * needs.x + ("dresidual",) * needs.residual
-    p = plan.find("BACKWARD_INPUT", x, {"dy": dy, "y": y}, written, activation, parameter, mean.dtype)
+    masked = mask is not None or sample_weight is not None
+    p = plan.find("BACKWARD_INPUT", x, {"dy": dy, "y": y}, written, activation, parameter, mean.dtype, masked=masked)
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
@@ -200,11 +221,13 @@ def backward_input(
     dresidual = p.seen.empty(x) if needs.residual else None
     # Divided here, since counts may differ from channel to channel: a COUNT of 1 then does the rest.
     both = torch.stack(sums).to(torch.float64) / count
+    if masked:
+        mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean.data_ptr(),
-            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, 0, 0, _at(scratch),
+            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, _at(mask), _at(sample_weight), _at(scratch),
             eps, 0.0, activation.negative_slope, 1.0,
         )
     )  # fmt: skip
@@ -229,12 +252,15 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     weight, bias, parameter = _parameters(weight, bias)
     passed_on = None
-    if activation.name == "identity":
+    if activation.name == "identity" and mask is None:
         # dz is dy itself: the residual's gradient needs no memory of its own.
-        y, passed_on = None, dy if needs.residual else None
+        passed_on = dy if needs.residual else None
+    if activation.name == "identity":
+        y = None
     written = ("dx",) * needs.x + ("dresidual",) * (needs.residual and passed_on is None)
     operation = "BACKWARD" if training else "BACKWARD_EVAL"
-    p = plan.find(operation, x, {"dy": dy, "y": y}, written, activation, parameter, stats.dtype)
+    masked = mask is not None or sample_weight is not None
+    p = plan.find(operation, x, {"dy": dy, "y": y}, written, activation, parameter, stats.dtype, masked=masked)
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
@@ -244,12 +270,16 @@ def backward(
     dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
     mean = stats.data_ptr()
     sums = torch.empty((2, p.channels), dtype=torch.float64) if len(p.launches) > 1 else None
+    if masked:
+        mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
-    count = (x.numel() // p.channels) if training else CONSTANT
+    # 0: the kernels count for themselves.
+    count = 0.0 if training and len(p.launches) == 1 else x.numel() / p.channels if training else CONSTANT
     p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean,
-            mean + stats.element_size() * p.channels, 0, 0, 0, _at(sums), _at(dweight), _at(dbias), 0, 0, _at(scratch),
+            mean + stats.element_size() * p.channels, 0, 0, 0, _at(sums), _at(dweight), _at(dbias), _at(mask),
+            _at(sample_weight), _at(scratch),
             eps, 0.0, activation.negative_slope, count,
         )
     )  # fmt: skip

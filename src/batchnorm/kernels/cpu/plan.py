@@ -55,6 +55,10 @@ class Plan(NamedTuple):
         """``t``, or a copy that the kernels can read."""
         return self.seen.empty(t).copy_(t) if name in self.copied else t
 
+    def positions(self, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A mask or weight that all channels share, as kernels read it: (outer, inner), without gaps."""
+        return None if t is None else self.seen.view(t)[:, 0].to(dtype).contiguous()
+
 
 def find(
     operation: str,
@@ -65,6 +69,7 @@ def find(
     parameter: Tensor | None,
     statistic: torch.dtype,
     running: Tensor | None = None,
+    masked: bool = False,
 ) -> Plan:
     """The plan of ``operation`` (a kernel's name) on ``x``.
 
@@ -74,16 +79,17 @@ def find(
         parameter: weight or bias, for their dtype
         statistic: dtype of the mean and variance that are read
         running: a running statistic, for its dtype
+        masked: whether there is a mask or a sample weight
     """
     threads = threads_for(x.numel())
     key = (
-        operation, x.shape, x.stride(), x.dtype, threads, written, activation.name,
+        operation, masked, x.shape, x.stride(), x.dtype, threads, written, activation.name,
         tuple([None if t is None else t.stride() for t in given.values()]),
         None if parameter is None else parameter.dtype, statistic, None if running is None else running.dtype,
     )  # fmt: skip
     found = _plans.get(key)
     if found is None:
-        found = _make(operation, x, given, written, activation, parameter, statistic, running, threads)
+        found = _make(operation, x, given, written, activation, parameter, statistic, running, masked, threads)
         if len(_plans) >= KEPT:
             _plans.clear()
         _plans[key] = found
@@ -102,6 +108,7 @@ def _make(
     parameter: Tensor | None,
     statistic: torch.dtype,
     running: Tensor | None,
+    masked: bool,
     threads: int,
 ) -> Plan:
     seen = layout.of(x)
@@ -119,8 +126,8 @@ def _make(
         if own is None:
             copied.append(name)
         steps[name] = own or like_x
-    family = outside.family(outer, inner) if by_channel else inside
-    split = by_channel and outside.in_phases(outer, channels, inner, threads)
+    family = outside.family(outer, inner, masked) if by_channel else inside
+    split = by_channel and not masked and outside.in_phases(outer, channels, inner, threads)
     if by_channel:
         scratch = outside.scratch(outer, channels, inner) if split else 0
     else:
