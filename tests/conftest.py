@@ -26,6 +26,19 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", help="the kernel to use where a test names none, as BATCHNORM_BACKEND does")
+
+
+@pytest.fixture(autouse=True)
+def named_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = request.config.getoption("--backend")
+    if name is not None:
+        from batchnorm import kernels
+
+        monkeypatch.setattr(kernels, "ENVIRONMENT", name)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     random.seed(0)

@@ -17,7 +17,283 @@ from mutation import Mutant, TableError, run, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MUTANTS: tuple[Mutant, ...] = ()
+MOMENTS = "src/batchnorm/moments.py"
+EAGER = "src/batchnorm/kernels/eager.py"
+ACTIVATIONS = "src/batchnorm/kernels/activations.py"
+AUTOGRAD = "src/batchnorm/autograd/function.py"
+FUNCTIONAL = "src/batchnorm/functional.py"
+LAYER = "src/batchnorm/nn/batchnorm.py"
+RUNNING = "src/batchnorm/nn/running.py"
+LINEAR = "src/batchnorm/nn/linear.py"
+RECALIBRATE = "src/batchnorm/lifecycle/recalibrate.py"
+
+# Quick, and without compiling: what is broken above the kernels shows with the eager one as well.
+ON_EAGER = "--backend=eager"
+OF_MOMENTS = ("tests/test_moments.py",)
+OF_EAGER = ("tests/test_conformance.py", "-k", "public_function and eager")
+OF_GRADIENTS = (ON_EAGER, "tests/test_gradients.py", "-k", "not create_graph")
+OF_FUNCTIONAL = (ON_EAGER, "tests/test_functional.py")
+OF_LAYERS = (ON_EAGER, "tests/nn/test_drop_in.py")
+OF_REFUSALS = (ON_EAGER, "tests/nn/test_refusals.py")
+OF_LINEAR = (ON_EAGER, "tests/nn/test_linear.py")
+OF_RECALIBRATION = (ON_EAGER, "tests/lifecycle/test_recalibrate.py")
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "merge: without the cross term",
+        MOMENTS,
+        "m2 = m2.sum(0) + (count * (mean - whole).square()).sum(0)",
+        "m2 = m2.sum(0)",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "merge: parts count alike, whatever their size",
+        MOMENTS,
+        "(count * (mean - origin)).sum(0) / safe",
+        "(mean - origin).mean(0)",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: the unbiased variance divides by n",
+        MOMENTS,
+        "self.m2 / (self.count if biased else self.count - 1)",
+        "self.m2 / self.count",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: weights count where the mask says absent",
+        MOMENTS,
+        "return weight if present is None else torch.where(present, weight, torch.zeros_like(weight))",
+        "return weight",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: no shift, E[x²] − E[x]²",
+        MOMENTS,
+        "shift = (total / count).to(torch.float32)",
+        "shift = torch.zeros_like(total).to(torch.float32)",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "eager: momentum is the weight of the old value",
+        EAGER,
+        "r.to(value.dtype) * (1 - factor) + value * factor",
+        "r.to(value.dtype) * factor + value * (1 - factor)",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: running_var takes the biased variance",
+        EAGER,
+        "(running.var, batch.variance(biased=False))",
+        "(running.var, batch.variance())",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: normalizes with the unbiased variance",
+        EAGER,
+        "stats = torch.stack((found.mean, found.variance()))",
+        "stats = torch.stack((found.mean, found.variance(biased=False)))",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: eps outside the root",
+        EAGER,
+        "        a = torch.rsqrt(var.to(wide) + eps)",
+        "        a = 1 / (torch.sqrt(var.to(wide)) + eps)",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: the low part of the mean is dropped",
+        EAGER,
+        "shift = -torch.where(torch.isfinite(lo), lo * a, torch.zeros_like(lo))",
+        "shift = torch.zeros_like(lo)",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: dx without the path through the variance",
+        EAGER,
+        "through_statistics = centred.mul_(slope).add_(constant)",
+        "through_statistics = centred.mul_(0.0).add_(sums[0].to(a.dtype).view(1, -1, 1) / count)",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: dx without the path through the mean",
+        EAGER,
+        "constant = _per_channel(sums[0] / count - sweep.affine.lo * per_unit, a.dtype)",
+        "constant = _per_channel(-sweep.affine.lo * per_unit, a.dtype)",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: the mask is ignored in dx",
+        EAGER,
+        "through_statistics.masked_fill_(~sweep.present[part], 0)",
+        "pass",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: the sample weight is ignored in dx",
+        EAGER,
+        "through_statistics.mul_(weights[part])",
+        "pass",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: what is absent is not set to 0",
+        EAGER,
+        "z = z.masked_fill_(~present[part], 0)",
+        "pass",
+        OF_EAGER,
+    ),
+    Mutant(
+        "eager: dweight by x − mean, not by x̂",
+        EAGER,
+        "return sum_dz, sum_dz_centred * torch.rsqrt(var.to(wide) + eps)",
+        "return sum_dz, sum_dz_centred",
+        OF_EAGER,
+    ),
+    Mutant(
+        "activation: the fused ReLU's sign",
+        ACTIVATIONS,
+        "torch.where(z <= 0, dy * self.negative_slope",
+        "torch.where(z > 0, dy * self.negative_slope",
+        OF_EAGER,
+    ),
+    Mutant(
+        "autograd: batch statistics are constants to backward",
+        AUTOGRAD,
+        "training = call.population is None",
+        "training = False",
+        OF_EAGER,
+    ),
+    Mutant(
+        "autograd: batch statistics are constants to the second derivative",
+        AUTOGRAD,
+        "population = None if call.population is None else (stats[0], stats[1])",
+        "population = (stats[0], stats[1])",
+        OF_GRADIENTS,
+    ),
+    Mutant(
+        "autograd: x is kept where nothing asks for it",
+        AUTOGRAD,
+        "x if keep_x else None,",
+        "x,",
+        OF_GRADIENTS,
+    ),
+    Mutant(
+        "functional: momentum of the old value",
+        FUNCTIONAL,
+        "running = Running(running_mean, running_var, momentum)",
+        "running = Running(running_mean, running_var, 1 - momentum)",
+        OF_FUNCTIONAL,
+    ),
+    Mutant(
+        "functional: too little weight passes",
+        FUNCTIONAL,
+        "if least <= 1:",
+        "if least <= 0:",
+        OF_FUNCTIONAL,
+    ),
+    Mutant(
+        "functional: out= may overwrite the residual before it is read",
+        FUNCTIONAL,
+        "residual = residual.clone()",
+        "pass",
+        OF_FUNCTIONAL,
+    ),
+    Mutant(
+        "layer: the counter is raised by a forward that fails",
+        LAYER,
+        "            functional.check_batch_size(input)\n",
+        "            batches = None if batches is None else batches.add_(1)\n"
+        "            functional.check_batch_size(input)\n"
+        "            batches = None if batches is None else batches.sub_(1)\n",
+        OF_REFUSALS,
+    ),
+    Mutant(
+        "layer: a skipped batch reaches the statistics",
+        LAYER,
+        "return found, None if bad else running",
+        "return found, running",
+        OF_REFUSALS,
+    ),
+    Mutant(
+        "layer: too_few is not looked at",
+        LAYER,
+        "few = input.numel() <= input.shape[1]",
+        "few = False",
+        OF_REFUSALS,
+    ),
+    Mutant(
+        "running: the cumulative factor is off by one",
+        RUNNING,
+        "return Running(mean, var, 1.0 / (int(batches) + 1))",
+        "return Running(mean, var, 1.0 / (int(batches) + 2))",
+        OF_LAYERS,
+    ),
+    Mutant(
+        "running: a cast to half precision rounds the statistics",
+        RUNNING,
+        "return before.to(device=buffer.device, dtype=torch.float32)",
+        "return buffer.to(torch.float32)",
+        OF_LAYERS,
+    ),
+    Mutant(
+        "linear: momentum of the old value",
+        LINEAR,
+        "momentum: float | None = 0.05",
+        "momentum: float | None = 0.95",
+        OF_LINEAR,
+    ),
+    Mutant(
+        "linear: fold adds the mean instead of taking it off",
+        LINEAR,
+        "shift - norm.running_mean.double() * a",
+        "shift + norm.running_mean.double() * a",
+        OF_LINEAR,
+    ),
+    Mutant(
+        "recalibrate: modes are not restored",
+        RECALIBRATE,
+        "            module.training = mode\n",
+        "            pass\n",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: hooks stay",
+        RECALIBRATE,
+        "handle.remove()",
+        "pass",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: an interrupted write is not undone",
+        RECALIBRATE,
+        "getattr(layer, b).copy_(kept[name][b])",
+        "pass",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: the paper's estimator with the biased variance",
+        RECALIBRATE,
+        "into.variances.append(found.variance(biased=False))",
+        "into.variances.append(found.variance())",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: takes a batch more than max_batches",
+        RECALIBRATE,
+        "itertools.islice(batches, max_batches)",
+        "(b for i, b in enumerate(batches) if max_batches is None or i < max_batches)",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: dropout stays on",
+        RECALIBRATE,
+        "        model.eval()\n",
+        "        model.train()\n",
+        OF_RECALIBRATION,
+    ),
+)
 
 
 def main(arguments: Sequence[str], mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> int:
