@@ -98,6 +98,15 @@ def test_several_seeds_show_their_mean_and_a_band(make_run, make_metrics, drawn)
     assert len(accuracy.collections) == 2
 
 
+def test_the_marked_steps_are_the_tables(make_run, make_metrics, drawn) -> None:  # type: ignore[no-untyped-def]
+    slow = make_run(plain=(0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.92, 0.9), seed=1)
+    never = make_run(normalized=[0.2] * 8, seed=2)
+    figure_1(make_metrics(make_run(), slow))
+    figure_1(make_metrics(make_run(), slow, never))
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["7", "70"]
+    assert [text.get_text() for text in drawn[2].axes[0].texts] == ["80"]
+
+
 @pytest.mark.parametrize("points", [1, 3])
 def test_an_interrupted_run_is_drawn_as_far_as_it_went(make_run, make_metrics, points: int) -> None:  # type: ignore[no-untyped-def]
     short = make_run(plain=[0.1] * points, normalized=[0.2] * points, seed=1)

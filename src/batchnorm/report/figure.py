@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from batchnorm.report.metrics import Metrics, Network, first_step
+from batchnorm.report.metrics import Metrics, Network
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +97,9 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
     best = metrics["summary"]["plain_best"]["mean"]
     axes.axhline(100 * best, color="0.35", linewidth=0.9, linestyle=(0, (1, 2)))
     courses = ([run["normalized"] for run in runs], [run["plain"] for run in runs])
-    for networks, (colour, style) in zip(courses, _NETWORKS.values(), strict=True):
+    to_best = metrics["summary"]["steps_to_plain_best"]
+    reached_by = (to_best["normalized"], to_best["plain"])
+    for networks, reaching, (colour, style) in zip(courses, reached_by, _NETWORKS.values(), strict=True):
         curves = np.array([network["accuracy"][:length] for network in networks])
         mean = curves.mean(axis=0)
         axes.plot(steps, 100 * mean, linestyle=style, color=colour, linewidth=1.6)
@@ -104,8 +107,9 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
             axes.fill_between(
                 steps, 100 * curves.min(axis=0), 100 * curves.max(axis=0), color=colour, alpha=0.2, linewidth=0
             )
-        reached = first_step(steps, mean.tolist(), best)
-        if reached:
+        steps_of_runs = [step for step in reaching if step is not None]
+        if len(steps_of_runs) == len(runs):
+            reached = round(fmean(steps_of_runs))  # as in the table, which a mean curve would contradict
             axes.plot([reached], [100 * best], "o", color=colour, markersize=4.5, zorder=3, clip_on=False)
             axes.annotate(
                 f"{reached:,}", (reached, 100 * best), (0, 8), textcoords="offset points", ha="center", color=colour

@@ -74,19 +74,22 @@ def headline(metrics: Metrics) -> str:
     """The result in a sentence or two."""
     summary = metrics["summary"]
     reached = summary["steps_to_plain_best"]
-    plain = _mean_steps(reached["plain"])
+    runs = len(metrics["runs"])
     best = f"{100 * summary['plain_best']['mean']:.1f} %"
-    without = f"Without batch normalization the best test accuracy is {best}, at step {plain}"
+    average = f" on average over {runs} runs" if runs > 1 else ""
+    without = f"{_mean_steps(reached['plain'])}{average}"
+    text = f"Without batch normalization the best test accuracy is {best}, at step {without}"
     missed = reached["normalized"].count(None)
-    if missed == len(reached["normalized"]):
-        text = f"{without}; with it that is not reached in {_last_step(metrics):,} steps."
+    ratios = _present(reached["ratio"])
+    if missed == runs:
+        text += f"; with it that is not reached in {_last_step(metrics):,} steps."
     elif missed:
-        text = f"{without}; with it that is reached in {len(reached['normalized']) - missed} of "
-        text += f"{len(reached['normalized'])} runs."
+        text += f"; with it that is reached in {runs - missed} of {runs} runs."
     else:
-        text = f"{without}; with it that is reached at step {_mean_steps(reached['normalized'])}"
-        ratios = _present(reached["ratio"])
-        text += f", {fmean(ratios):.3g} times sooner." if ratios else "."
+        text += f"; with it that is reached at step {_mean_steps(reached['normalized'])}"
+        # A best that came late by luck makes one ratio huge and their mean with it: the range says so.
+        sooner = f"{min(ratios):.3g} to {max(ratios):.3g}" if len(ratios) > 1 else "".join(f"{r:.3g}" for r in ratios)
+        text += f", {sooner} times sooner." if ratios else "."
     if summary["plain_best"]["mean"] < _LEARNED:
         text += " The network without it has hardly begun to learn by then: more steps say more."
     return text
