@@ -23,6 +23,7 @@ NAMES = {
     "functional",
     "recalibrate",
     "use_backend",
+    "warmup",
 }
 CALLABLES = sorted(name for name in bn.__all__ if callable(getattr(bn, name)))
 

@@ -8,7 +8,7 @@ torch.Size([8, 16, 4, 4])
 
 from batchnorm import functional
 from batchnorm.errors import BatchNormError
-from batchnorm.kernels import explain, use_backend
+from batchnorm.kernels import explain, use_backend, warmup
 from batchnorm.lifecycle.recalibrate import recalibrate
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormLinear
@@ -26,4 +26,5 @@ __all__ = [
     "functional",
     "recalibrate",
     "use_backend",
+    "warmup",
 ]

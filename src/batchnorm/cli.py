@@ -63,6 +63,28 @@ def reproduce(
 
 
 @app.command()
+def warmup(
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, bfloat16, float16 or float64; may be repeated. [default: float32]"),
+    ] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="Also the kernels for masks and sample weights.")] = False,
+) -> None:
+    """Compile the CPU kernels ahead of time and keep them on disk."""
+    import torch
+
+    from batchnorm import BatchNormError
+    from batchnorm import warmup as warm
+
+    try:
+        count = warm([getattr(torch, name, name) for name in dtype or ["float32"]], masks=masks)  # type: ignore[arg-type]
+    except BatchNormError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"{count} kernels are ready")
+
+
+@app.command()
 def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="Sizes of the input; may be repeated. [default: 32,64,56,56]")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from batchnorm.errors import BackendError, expected
+from batchnorm.errors import BackendError, DtypeError, expected
 from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
 
@@ -122,6 +123,31 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _named.reset(token)
+
+
+def warmup(dtypes: Sequence[torch.dtype] = (torch.float32,), *, masks: bool = False) -> int:
+    """Compile the CPU kernels ahead of time, or load them from the cache on disk, and return how many.
+
+    Without it each kernel is compiled at its first use. The machine code is kept on disk (beside the package, in the
+    user's cache folder, or in ``NUMBA_CACHE_DIR``), so this is worth doing once, where a model is installed.
+
+    Arguments:
+        dtypes: of the inputs, among float32, float64, bfloat16 and float16
+        masks: also the kernels for masks and sample weights
+
+    Raises:
+        DtypeError: there are no kernels for a dtype
+        BackendError: the CPU kernels cannot be imported
+    """
+    cpu = _load("cpu")
+    if isinstance(cpu, str):
+        todo = "Install it, or go on without: the plain PyTorch kernel needs no warming up."
+        raise BackendError(expected("warmup", "the CPU kernels", cpu, todo))
+    known = list(cpu.plan.DTYPES)
+    for dtype in dtypes:
+        if dtype not in known:
+            raise DtypeError(expected("warmup", f"dtypes among {known}", dtype, "Leave it away."))
+    return sum(cpu.plan.compile_all(dtype, masks) for dtype in dtypes)
 
 
 def _reasons(

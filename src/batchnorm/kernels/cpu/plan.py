@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.cpu import block, inside, outside
+from batchnorm.kernels.cpu import block, inside, outside, outside_long, outside_masked, outside_short
 from batchnorm.kernels.cpu.compiling import Kernel
 from batchnorm.kernels.cpu.threads import launch, threads_for
 
@@ -177,6 +177,20 @@ def _steps(seen: layout.Layout, t: Tensor, by_channel: bool) -> tuple[int, int] 
     if by_channel:
         return (outer, channel) if inner == 1 else None
     return (outer, 0) if channel == 1 else None
+
+
+def compile_all(dtype: torch.dtype, masked: bool) -> int:
+    """Compile, or load from the cache, every kernel for this dtype; how many there are."""
+    families = [inside, outside_long, outside_short] + [outside_masked] * masked
+    found = [
+        kernels[DTYPES[dtype]]
+        for family in families
+        for name, kernels in vars(family).items()
+        if name.isupper() and isinstance(kernels, dict)
+    ]
+    for kernel in found:
+        kernel.compile()
+    return len(found)
 
 
 def _product(shape: torch.Size, dims: tuple[int, ...]) -> int:
