@@ -220,7 +220,10 @@ def scratch(outer: int, inner: int, channels: int, real_bytes: int, threads: int
     """
     lanes = wide_lanes(real_bytes)
     most = 0
-    for merged, gapless in ((False, False), (True, False), (True, True)):
+    cuts = [(True, False), (True, True)]
+    if outer > 1 and inner > 1:
+        cuts.append((False, False))
+    for merged, gapless in cuts:
         c = cut.py_func(merged, gapless, outer, inner, channels, lanes, real_bytes)
         partials = 2 * COEFFICIENTS * c.padded + c.chunks * (2 * c.padded + PAD)
         most = max(most, partials + threads * (5 * c.padded + PAD))
