@@ -16,7 +16,7 @@ from numba.extending import register_jitable
 
 from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.scalars import FLOAT64, load_channel, pointer, real, slot_float, store, store_channel
-from batchnorm.kernels.cpu.vectors import item_bytes, lanes, vmul, vwhere_positive, vzeros
+from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_positive, vzeros
 
 
 def plain(function: Any) -> Any:
@@ -154,11 +154,9 @@ def gradient_coefficients(  # type: ignore[no-untyped-def]
 
 @plain
 def may_stream(block, address, outer, step, element):  # type: ignore[no-untyped-def]
-    """Whether STREAM is set and all rows of an output begin where a whole vector may be stored around the cache."""
-    if block[slots.STREAM] == 0:
-        return False
+    """Whether STREAM is set and all rows of an output begin with a cache line: parts of lines are slow to stream."""
     item = item_bytes(element)
-    return (address | outer * item | step * item) & (lanes(element) * item - 1) == 0
+    return block[slots.STREAM] != 0 and (address | outer * item | step * item) & 63 == 0
 
 
 @inlined

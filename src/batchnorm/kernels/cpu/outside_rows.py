@@ -17,7 +17,7 @@ from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, p
 from batchnorm.kernels.cpu.scalars import load, real
 from batchnorm.kernels.cpu.vectors import (
     lanes,
-    prefetch,
+    prefetch_four,
     vadd,
     vfirst,
     vfma,
@@ -96,10 +96,7 @@ def chunk_moments(x, start, stride, rows, length, ahead, element):  # type: igno
         at = start + row * stride
         end = at + length
         while at + 4 * step <= end:
-            prefetch(x, at + ahead, 0)
-            prefetch(x, at + ahead + step, 0)
-            prefetch(x, at + ahead + 2 * step, 0)
-            prefetch(x, at + ahead + 3 * step, 0)
+            prefetch_four(x, at + ahead, step, 0, element)
             d0 = vsub(vload(x, at), k)
             d1 = vsub(vload(x, at + step), k)
             d2 = vsub(vload(x, at + 2 * step), k)
@@ -136,27 +133,31 @@ def chunk_sums(  # type: ignore[no-untyped-def]
     """(sum of dz, sum of dz * (x - hi)) of rows; dz is gated by y where at_y >= 0, else by (x - hi) * a + b."""
     step = lanes(element)
     hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
-    s0 = s1 = t0 = t1 = vsplat(element, 0.0)
+    s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = vsplat(element, 0.0)
     for row in range(rows):
         p, q, r = at_dy + row * dy_stride, at_x + row * x_stride, at_y + row * y_stride
         i = 0
-        while i + 2 * step <= length:
-            prefetch(dy, p + i + dy_stride, 0)
-            prefetch(dy, p + i + dy_stride + step, 0)
-            prefetch(x, q + i + x_stride, 0)
-            prefetch(x, q + i + x_stride + step, 0)
+        while i + 4 * step <= length:
+            prefetch_four(dy, p + i + dy_stride, step, 0, element)
+            prefetch_four(x, q + i + x_stride, step, 0, element)
             g0, g1 = vload(dy, p + i), vload(dy, p + i + step)
+            g2, g3 = vload(dy, p + i + 2 * step), vload(dy, p + i + 3 * step)
             d0, d1 = vsub(vload(x, q + i), hi_), vsub(vload(x, q + i + step), hi_)
+            d2, d3 = vsub(vload(x, q + i + 2 * step), hi_), vsub(vload(x, q + i + 3 * step), hi_)
             if activation != slots.IDENTITY:
                 if at_y >= 0:
                     g0 = gated(g0, vload(y, r + i), activation, slope_)
                     g1 = gated(g1, vload(y, r + i + step), activation, slope_)
+                    g2 = gated(g2, vload(y, r + i + 2 * step), activation, slope_)
+                    g3 = gated(g3, vload(y, r + i + 3 * step), activation, slope_)
                 else:
                     g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
                     g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
-            s0, s1 = vadd(s0, g0), vadd(s1, g1)
-            t0, t1 = vfma(g0, d0, t0), vfma(g1, d1, t1)
-            i += 2 * step
+                    g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
+                    g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
+            s0, s1, s2, s3 = vadd(s0, g0), vadd(s1, g1), vadd(s2, g2), vadd(s3, g3)
+            t0, t1, t2, t3 = vfma(g0, d0, t0), vfma(g1, d1, t1), vfma(g2, d2, t2), vfma(g3, d3, t3)
+            i += 4 * step
         while i < length:
             size = min(step, length - i)
             g0, d0 = vtake(dy, p + i, size, step), vfirst(vsub(vtake(x, q + i, size, step), hi_), size)
@@ -167,7 +168,7 @@ def chunk_sums(  # type: ignore[no-untyped-def]
                     g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
             s0, t0 = vadd(s0, g0), vfma(g0, d0, t0)
             i += step
-    return vsum(vadd(s0, s1)), vsum(vadd(t0, t1))
+    return vsum(vadd(vadd(s0, s1), vadd(s2, s3))), vsum(vadd(vadd(t0, t1), vadd(t2, t3)))
 
 
 @inlined
@@ -187,10 +188,7 @@ def normalize_row(x, at, y, to, ahead, residual, res, length, hi, a, b, activati
     i = 0
     while i + 4 * step <= length:
         if not stream:
-            prefetch(y, to + ahead + i, 1)
-            prefetch(y, to + ahead + i + step, 1)
-            prefetch(y, to + ahead + i + 2 * step, 1)
-            prefetch(y, to + ahead + i + 3 * step, 1)
+            prefetch_four(y, to + ahead + i, step, 1, element)
         z0 = vfma(vsub(vload(x, at + i), hi_), a_, b_)
         z1 = vfma(vsub(vload(x, at + i + step), hi_), a_, b_)
         z2 = vfma(vsub(vload(x, at + i + 2 * step), hi_), a_, b_)
@@ -254,18 +252,23 @@ def gradient_row(  # type: ignore[no-untyped-def]
     e_, f_, h_ = vsplat(element, by_dz), vsplat(element, by_x), vsplat(element, constant)
     if centred and to >= 0 and res < 0 and at_y < 0:  # the common case, without tests inside
         i = 0
-        while i + 2 * step <= length:
+        while i + 4 * step <= length:
             if not stream:
-                prefetch(dx, to + ahead + i, 1)
-                prefetch(dx, to + ahead + i + step, 1)
+                prefetch_four(dx, to + ahead + i, step, 1, element)
             g0, g1 = vload(dy, at_dy + i), vload(dy, at_dy + i + step)
+            g2, g3 = vload(dy, at_dy + i + 2 * step), vload(dy, at_dy + i + 3 * step)
             d0, d1 = vsub(vload(x, at_x + i), hi_), vsub(vload(x, at_x + i + step), hi_)
+            d2, d3 = vsub(vload(x, at_x + i + 2 * step), hi_), vsub(vload(x, at_x + i + 3 * step), hi_)
             if activation != slots.IDENTITY:
                 g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
                 g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
+                g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
+                g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
             emit(dx, to + i, vfma(e_, g0, vfma(f_, d0, h_)), stream)
             emit(dx, to + i + step, vfma(e_, g1, vfma(f_, d1, h_)), stream)
-            i += 2 * step
+            emit(dx, to + i + 2 * step, vfma(e_, g2, vfma(f_, d2, h_)), stream)
+            emit(dx, to + i + 3 * step, vfma(e_, g3, vfma(f_, d3, h_)), stream)
+            i += 4 * step
     else:
         i = 0
     while i < length:

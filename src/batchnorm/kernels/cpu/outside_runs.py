@@ -17,6 +17,7 @@ from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, p
 from batchnorm.kernels.cpu.scalars import load, real
 from batchnorm.kernels.cpu.vectors import (
     lanes,
+    new_line,
     prefetch,
     vadd,
     vfirst,
@@ -111,11 +112,12 @@ def clear(a, b, width, element):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def measure_four(x, at, stride, shifts, sums, squares, i, size, step):  # type: ignore[no-untyped-def]
+def measure_four(x, at, stride, shifts, sums, squares, i, size, step, element):  # type: ignore[no-untyped-def]
     """Four samples of one vector of places into the sums of d and d * d."""
     k = vload(shifts, i)
-    for ahead in range(4, 8):
-        prefetch(x, at + ahead * stride, 0)
+    if new_line(i, step, element):
+        for ahead in range(4, 8):
+            prefetch(x, at + ahead * stride, 0)
     d0, d1 = vsub(vtake(x, at, size, step), k), vsub(vtake(x, at + stride, size, step), k)
     d2, d3 = vsub(vtake(x, at + 2 * stride, size, step), k), vsub(vtake(x, at + 3 * stride, size, step), k)
     vstore(sums, i, vadd(vload(sums, i), vadd(vadd(d0, d1), vadd(d2, d3))))
@@ -133,9 +135,9 @@ def moments_of_run(x, start, stride, samples, width, shifts, sums, squares, elem
     while n + 4 <= samples:
         at = start + n * stride
         for i in range(0, whole, step):
-            measure_four(x, at + i, stride, shifts, sums, squares, i, step, step)
+            measure_four(x, at + i, stride, shifts, sums, squares, i, step, step, element)
         if whole < width:
-            measure_four(x, at + whole, stride, shifts, sums, squares, whole, width - whole, step)
+            measure_four(x, at + whole, stride, shifts, sums, squares, whole, width - whole, step, element)
         n += 4
     while n < samples:
         at = start + n * stride
@@ -220,8 +222,9 @@ def normalize_run(  # type: ignore[no-untyped-def]
                     vstream(y, r0 + 2 * y_stride + i, z2)
                     vstream(y, r0 + 3 * y_stride + i, z3)
                 else:
-                    for ahead in range(1, 5):
-                        prefetch(y, r0 - ahead * y_stride + i, 1)
+                    if new_line(i, step, element):
+                        for ahead in range(1, 5):
+                            prefetch(y, r0 - ahead * y_stride + i, 1)
                     vstore(y, r0 + i, z0)
                     vstore(y, r0 + y_stride + i, z1)
                     vstore(y, r0 + 2 * y_stride + i, z2)
@@ -262,13 +265,33 @@ def gate(g, d, y, at_y, a, b, i, size, step, activation, slope):  # type: ignore
 
 @inlined
 def add_four(  # type: ignore[no-untyped-def]
-    dy, p, dy_stride, x, q, x_stride, y, r, y_stride, hi, a, b, sums, products, i, size, step, activation, slope
+    dy,
+    p,
+    dy_stride,
+    x,
+    q,
+    x_stride,
+    y,
+    r,
+    y_stride,
+    hi,
+    a,
+    b,
+    sums,
+    products,
+    i,
+    size,
+    step,
+    activation,
+    slope,
+    element,
 ):
     """Four samples of one vector of places into the sums of dz and dz * (x - hi); r < 0: gated by x."""
     hi_ = vload(hi, i)
-    for ahead in range(4, 8):
-        prefetch(dy, p + ahead * dy_stride, 0)
-        prefetch(x, q + ahead * x_stride, 0)
+    if new_line(i, step, element):
+        for ahead in range(4, 8):
+            prefetch(dy, p + ahead * dy_stride, 0)
+            prefetch(x, q + ahead * x_stride, 0)
     g0, g1 = vtake(dy, p, size, step), vtake(dy, p + dy_stride, size, step)
     g2, g3 = vtake(dy, p + 2 * dy_stride, size, step), vtake(dy, p + 3 * dy_stride, size, step)
     d0, d1 = vsub(vtake(x, q, size, step), hi_), vsub(vtake(x, q + x_stride, size, step), hi_)
@@ -338,6 +361,7 @@ def sums_of_run(  # type: ignore[no-untyped-def]
                 step,
                 activation,
                 slope_,
+                element,
             )
         if whole < width:
             i = whole
@@ -361,6 +385,7 @@ def sums_of_run(  # type: ignore[no-untyped-def]
                 step,
                 activation,
                 slope_,
+                element,
             )
         n += 4
     while n < samples:
@@ -442,8 +467,9 @@ def gradient_run(  # type: ignore[no-untyped-def]
                     vstream(dx, r + 2 * dx_stride + i, v2)
                     vstream(dx, r + 3 * dx_stride + i, v3)
                 else:
-                    for ahead in range(1, 5):
-                        prefetch(dx, r - ahead * dx_stride + i, 1)
+                    if new_line(i, step, element):
+                        for ahead in range(1, 5):
+                            prefetch(dx, r - ahead * dx_stride + i, 1)
                     vstore(dx, r + i, v0)
                     vstore(dx, r + dx_stride + i, v1)
                     vstore(dx, r + 2 * dx_stride + i, v2)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import float32, float64, njit, types
 from numba.core.datamodel import models, register_default
@@ -20,6 +22,31 @@ from numba.extending import intrinsic, typeof_impl
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
+
+
+class _BFloatType(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(_BFloatType)
+
+
+def _rounds_to_bfloat16() -> bool:
+    """Whether the machine has an instruction for it; without, LLVM would call a function for each value."""
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # told to compile for another machine than this one
+        return False
+    return bool(llvm.get_host_cpu_features().get("avx512bf16"))
+
+
+ROUNDS_TO_BFLOAT16 = _rounds_to_bfloat16()
 
 
 @dataclass(frozen=True)
@@ -81,7 +108,12 @@ def widen(builder: Any, name: str, value: Any, lanes: int = 0) -> Any:
 
 
 def narrow(builder: Any, name: str, value: Any, lanes: int = 0) -> Any:
-    """Back to memory: the nearest value, ties to even; NaN stays NaN."""
+    """Back to memory: the nearest value, ties to even; NaN stays NaN.
+
+    The instruction for bfloat16 takes subnormal numbers (below 1.2e-38) for 0.
+    """
+    if name == "bfloat16" and ROUNDS_TO_BFLOAT16 and lanes:
+        return builder.bitcast(builder.fptrunc(value, shaped(_BFloatType(), lanes)), shaped(I16, lanes))
     if name == "bfloat16":
         bits = builder.bitcast(value, shaped(I32, lanes))
         odd = builder.and_(builder.lshr(bits, splat(I32, 16, lanes)), splat(I32, 1, lanes))

@@ -292,15 +292,14 @@ def vwhere_positive(typing: Any, z: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def vsum(typing: Any, value: Any) -> Any:
-    """The sum of the lanes, added up in float64."""
+    """The sum of the lanes, in float64 from 8 lanes down."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = signature.args[0]
-        count = vector.lanes
-        total = args[0]
-        if vector.real is not types.float64:
-            total = builder.fpext(total, ir.VectorType(ir.DoubleType(), count))
+        count, total = vector.lanes, args[0]
         while count > 1:
+            if count <= 8 and total.type.element == ir.FloatType():
+                total = builder.fpext(total, ir.VectorType(ir.DoubleType(), count))
             half = count // 2
             low = ir.Constant(ir.VectorType(I32, half), list(range(half)))
             high = ir.Constant(ir.VectorType(I32, half), list(range(half, count)))
@@ -343,3 +342,19 @@ def vput(base, index, value, size, stop):  # type: ignore[no-untyped-def]
         vstore(base, index, value)
     else:
         vstore_some(base, index, value, size)
+
+
+@njit(forceinline=True)
+def prefetch_four(base, index, step, write, element):  # type: ignore[no-untyped-def]
+    """Prefetch the cache lines of four vectors that follow one another."""
+    prefetch(base, index, write)
+    prefetch(base, index + 2 * step, write)
+    if step * item_bytes(element) >= 64:
+        prefetch(base, index + step, write)
+        prefetch(base, index + 3 * step, write)
+
+
+@njit(forceinline=True)
+def new_line(i, step, element):  # type: ignore[no-untyped-def]
+    """Whether the i-th element begins a vector whose cache line is not that of the vector before it."""
+    return step * item_bytes(element) >= 64 or i % (2 * step) == 0
