@@ -70,9 +70,7 @@ def violations(package: Path) -> list[str]:
         inside = path.relative_to(package).as_posix()
         where = f"{package.name}/{inside}"
         if room_of(inside) not in (*ROOMS, REFERENCE):
-            found.append(
-                f"{where}:1: no room has this name; the rooms are {', '.join(ROOMS)} and {REFERENCE}"
-            )
+            found.append(f"{where}:1: no room has this name; the rooms are {', '.join(ROOMS)} and {REFERENCE}")
             continue
         for each in imports(path, package):
             complaint = judge(inside, each.target)
@@ -97,9 +95,7 @@ def judge(inside: str, target: str) -> str | None:
         return None if alone else f"{room} → {library}: {room}.py imports NumPy alone"
     for confined, places in CONFINED.items():
         if target == confined or target.startswith(confined + "."):
-            allowed = any(
-                inside == place or (place[-1] == "/" and inside.startswith(place)) for place in places
-            )
+            allowed = any(inside == place or (place[-1] == "/" and inside.startswith(place)) for place in places)
             return None if allowed else f"{room} → {confined}: {confined} belongs in {', '.join(places)} only"
     if library in EVERYWHERE or library in sys.stdlib_module_names:
         return None

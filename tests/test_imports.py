@@ -90,14 +90,12 @@ def test_every_folder_with_code_is_a_package() -> None:
         (
             "nn/running.py",
             "from torch import distributed\n",
-            "batchnorm/nn/running.py:1: nn → torch.distributed: "
-            "torch.distributed belongs in nn/distributed.py only",
+            "batchnorm/nn/running.py:1: nn → torch.distributed: torch.distributed belongs in nn/distributed.py only",
         ),
         (
             "nn/running.py",
             "import torch\nranks = torch.distributed.get_world_size()\n",
-            "batchnorm/nn/running.py:2: nn → torch.distributed: "
-            "torch.distributed belongs in nn/distributed.py only",
+            "batchnorm/nn/running.py:2: nn → torch.distributed: torch.distributed belongs in nn/distributed.py only",
         ),
         (
             "report/page.py",
@@ -166,9 +164,7 @@ print(sorted((set(sys.modules) - before) & set({LAZY})))
 
 def test_importing_is_quick() -> None:
     # Processor time, the best of three: what other work on the machine takes does not count.
-    code = (
-        "import torch, numpy, time; t = time.process_time(); import batchnorm; print(time.process_time() - t)"
-    )
+    code = "import torch, numpy, time; t = time.process_time(); import batchnorm; print(time.process_time() - t)"
     seconds = min(float(run_python(code).stdout) for _ in range(3))
     assert seconds < IMPORT_SECONDS
 
@@ -232,16 +228,12 @@ def test_no_file_names_a_machine_path_or_a_registry_host() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "text", ["see /" + "work/main", '"/' + 'home/me/x"', "https://files.python" + "hosted.org/x"]
-)
+@pytest.mark.parametrize("text", ["see /" + "work/main", '"/' + 'home/me/x"', "https://files.python" + "hosted.org/x"])
 def test_the_forbidden_patterns_match_what_they_should(text: str) -> None:
     assert MACHINE_PATH.search(text) or REGISTRY_HOST.search(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["a network/work/queue", "src/home/page", "https://arxiv.org/abs/1502.03167"]
-)
+@pytest.mark.parametrize("text", ["a network/work/queue", "src/home/page", "https://arxiv.org/abs/1502.03167"])
 def test_the_forbidden_patterns_leave_other_text_alone(text: str) -> None:
     assert not MACHINE_PATH.search(text)
     assert not REGISTRY_HOST.search(text)
