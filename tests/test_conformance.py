@@ -290,8 +290,13 @@ def test_the_result_keeps_the_memory_layout(name: str, shape: tuple[int, ...], l
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_constant_channel_gives_its_bias_exactly(name: str, layout: str, dtype: torch.dtype) -> None:
-    x = arrange(torch.full((33, 3, 7, 5), 3.7).to(dtype), layout).requires_grad_()
+@pytest.mark.parametrize(
+    ("value", "shape"), [(3.7, (33, 3, 7, 5)), (-1234.567, (5, 3, 71, 43)), (1e-3, (1155, 3, 1, 1))]
+)
+def test_a_constant_channel_gives_its_bias_exactly(
+    name: str, value: float, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    x = arrange(torch.full(shape, value).to(dtype), layout).requires_grad_()
     weight, bias = torch.randn(3).to(dtype).requires_grad_(), torch.randn(3).to(dtype)
     running = [torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
     with use_backend(name):

