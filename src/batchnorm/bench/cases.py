@@ -171,4 +171,4 @@ def product(
 def _known(name: str, value: str, known: Any) -> None:
     if value not in known:
         todo = "Choose one of them."
-        raise ArgumentError(expected("bench", f"a {name} among {', '.join(known)}", repr(value), todo))
+        raise ArgumentError(expected("bench", f"{name} among {', '.join(known)}", repr(value), todo))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -72,6 +73,8 @@ def bench(
         for extra in extras or ["plain"]
         for mode in modes or MODES
     ]
+    for case in cases:
+        _fits(case)
     entries = [Entry(case, parse_peers(peers), parse_threads(threads), memory=True) for case in cases]
     plan = Plan(rounds=USER.rounds, enough=USER.enough, budget=seconds)
     return carry_out(entries, plan, "own", Screen(quiet=quiet), json_path=json_path, plot_path=plot_path)
@@ -183,6 +186,21 @@ def carry_out(
     if not finished:
         return INTERRUPTED
     return WRONG if failed or any(_is_wrong(row) for row in report["rows"]) else SUCCESS
+
+
+def _fits(case: Case) -> None:
+    """Refuse what would end in the middle for want of memory; where its size is unknown, nothing is refused.
+
+    Roughly: the data and what each of the rivals returns in turn, and the two results in float64.
+    """
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    needed = 8 * case.bytes + 2 * 8 * case.elements
+    if needed > there:
+        got = f"{case.size}, which takes about {needed / 2**30:,.0f} GiB of {there / 2**30:,.0f}"
+        raise ArgumentError(expected("bench", "a case that fits into memory", got, "Take a smaller batch."))
 
 
 def _closed(report: Report, seconds: float) -> Report:
