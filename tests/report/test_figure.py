@@ -15,13 +15,12 @@ from batchnorm.report.figure import figure_1
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are drawn, to look into."""
+    """The figures that are drawn, to look into; they are not rendered, which takes most of the time."""
     figures: list[Figure] = []
-    saved = module._saved
 
     def keep(figure: Figure, kind: str) -> bytes:
         figures.append(figure)
-        return saved(figure, kind)  # type: ignore[arg-type]
+        return b""
 
     monkeypatch.setattr(module, "_saved", keep)
     return figures
