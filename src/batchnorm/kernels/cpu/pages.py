@@ -1,9 +1,9 @@
 """Large pages for large outputs.
 
-The C library maps an allocation above 32 MiB anew each time. Writing to it for the first time then faults once per
-page of 4 KiB, which takes several times as long as a kernel; with pages of 2 MiB it is a fraction of that. Linux
-gives them where it is asked (``MADV_HUGEPAGE``), unless they are switched off for the whole machine. The mapping is
-the tensor's own and goes when it is freed, so nothing of this outlives it.
+The C library gives large allocations back to the system when they are freed and maps them anew each time. Writing to
+fresh memory faults once per page of 4 KiB, which for a large output takes several times as long as a kernel; with
+pages of 2 MiB it is a fraction of that. Linux gives them where it is asked (``MADV_HUGEPAGE``), unless they are
+switched off for the whole machine.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-LARGE = 32 << 20
-"""Bytes from which an allocation is a mapping of its own."""
+LARGE = 8 << 20
+"""Bytes from which it is worth a system call."""
 
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
