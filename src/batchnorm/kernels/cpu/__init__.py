@@ -14,6 +14,7 @@ from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.cpu.block import pack_what
+from batchnorm.kernels.cpu.pages import prefer_large
 from batchnorm.kernels.eager import INPUT_ONLY, Needs, Running
 from batchnorm.moments import Moments
 
@@ -88,7 +89,7 @@ def normalize(
         x = p.readable("x", x)
         residual = None if residual is None else p.readable("residual", residual)
         aside = out if "y" in p.copied else None
-    y = p.seen.empty(x) if out is None or aside is not None else out
+    y = prefer_large(p.seen.empty(x)) if out is None or aside is not None else out
     if mask is not None:
         mask = p.positions(mask, torch.uint8)
     scratch = _room(p)
@@ -125,7 +126,7 @@ def forward(
     if p.copied:
         x = p.readable("x", x)
         residual = None if residual is None else p.readable("residual", residual)
-    y = torch.empty_like(x) if p.seen.dense else p.seen.empty(x)
+    y = prefer_large(torch.empty_like(x) if p.seen.dense else p.seen.empty(x))
     stats = torch.empty((2, p.channels), dtype=torch.float64)
     at = stats.data_ptr()
     positions, weights = mask, sample_weight
@@ -217,7 +218,7 @@ def backward_input(
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
-    dx = p.seen.empty(x) if needs.x else None
+    dx = prefer_large(p.seen.empty(x)) if needs.x else None
     dresidual = p.seen.empty(x) if needs.residual else None
     # Divided here, since counts may differ from channel to channel: a COUNT of 1 then does the rest.
     both = torch.stack(sums).to(torch.float64) / count
@@ -264,7 +265,7 @@ def backward(
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
-    dx = p.seen.empty(x) if needs.x else None
+    dx = prefer_large(p.seen.empty(x)) if needs.x else None
     dresidual = p.seen.empty(x) if needs.residual and passed_on is None else None
     dweight = torch.empty_like(weight) if needs.weight and weight is not None else None
     dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
