@@ -1,1 +1,1 @@
-"""The registry of everything that is measured, and the program that measures it: see docs/performance.md."""
+"""Everything that is measured, and the program that measures it: ``python -m benchmarks.run --help``."""

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads = parse_threads(options.threads)
         entries = registry.full(threads) if options.full else registry.short(threads)
         entries = [entry for entry in entries if matches(entry, options.filter)]
+        if options.flax:
+            entries = [replace(entry, peers=(*entry.peers, "flax")) for entry in entries]
         steps = networks(options.full, threads) if matches_network(options.filter) else []
         if options.list:
             print("\n".join(f"{entry.case.family}: {entry.case}" for entry in entries))
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--filter", action="append", default=[], metavar="WORDS",
         help='only cases with this in their name, e.g. "bfloat16 channels_last" or "step" for ResNet-50\'s; repeatable',
     )  # fmt: skip
+    parser.add_argument("--flax", action="store_true", help="Flax as one more rival, where it is installed")
     parser.add_argument("--json", type=Path, help="where the JSON goes (benchmarks/results/short.json or full.json)")
     parser.add_argument("--plot", type=Path, help="draw the rows into this .png, .svg or .pdf")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
