@@ -55,14 +55,13 @@ def test_a_share_is_what_the_layers_add_round_by_round(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_step_is_measured_with_every_kind_of_layer(layout: str) -> None:
+def test_the_step_is_measured_with_every_kind_of_layer() -> None:
     torch.set_num_threads(1)
     plan = Plan(least=0.0, rounds=1, enough=1, budget=0.0)
     # Smaller, and the last stage has so few values a channel that rounding alone decides the loss.
-    found = resnet.measure(batch=8, size=64, layout=layout, threads=2, plan=plan)
+    found = resnet.measure(batch=4, size=64, layout="channels_last", threads=2, plan=plan)
     assert set(found["steps"]) == {"torch", "ours", "fused"}
-    assert (found["batch"], found["size"], found["layout"], found["threads"]) == (8, 64, layout, 2)
+    assert (found["batch"], found["size"], found["layout"], found["threads"]) == (4, 64, "channels_last", 2)
     for step in found["steps"].values():
         assert step["share"] == pytest.approx(1 - found["without"] / step["median"])
     assert torch.get_num_threads() == 1
