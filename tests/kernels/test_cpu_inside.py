@@ -401,20 +401,6 @@ def test_gradients_that_are_not_wanted(missing: str) -> None:
             assert torch.equal(value, all_of_them[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
-    """y = x + bias with mean 0 and variance 1: the sums end in every way, at and beside the middle of two values."""
-    case = Case((256, 128), dtype, training=False)
-    bits = torch.randint(0, 2**16, (256, 128), dtype=torch.int32).to(torch.int16)
-    case.x = torch.where(bits.view(dtype).float().abs() < 1e4, bits.view(dtype), torch.ones((), dtype=dtype))
-    case.x = torch.where(case.x.float().abs() > 1e-4, case.x, torch.zeros((), dtype=dtype))
-    case.operands |= {"weight": None, "bias": torch.exp2(torch.randint(-12, 12, (128,)).float())}
-    y = case.empty()
-    case.codes["eps"] = 0.0
-    case.run("NORMALIZE", y=y, mean=torch.zeros(128), var=torch.ones(128))
-    assert torch.equal(y, (case.x.float() + case.operands["bias"]).to(dtype))
-
-
 def test_parameters_of_half_precision_and_none_at_all() -> None:
     case = Case((300, 70), torch.bfloat16, affine=False)
     y, _ = case.run_forward()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba import njit, types
 from numba.core.datamodel import models, register_default
@@ -48,36 +46,6 @@ def pasted(function: Any) -> Any:
 
 
 CACHE_LINE = 64
-
-
-def _has_bfloat16_instructions() -> bool:
-    # Without them LLVM may call a function of the compiler's own library, which is not there.
-    told = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # to compile for another machine than this one
-    return not told and llvm.llvm_version_info >= (20,) and bool(llvm.get_host_cpu_features().get("avx512bf16"))
-
-
-_BFLOAT16_INSTRUCTIONS = _has_bfloat16_instructions()
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not know."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-def _narrow(builder: Any, element: ElementType, value: Any, lanes: int) -> Any:
-    """As ``scalars.narrow``, with the one instruction for it where there is one (it makes subnormal values 0)."""
-    if element.element == "bfloat16" and _BFLOAT16_INSTRUCTIONS:
-        short = builder.fptrunc(value, ir.VectorType(_BFloat(), lanes))
-        return builder.bitcast(short, ir.VectorType(ir.IntType(16), lanes))
-    return narrow(builder, element.element, value, lanes)
 
 
 class Wide(Vector):
@@ -156,7 +124,7 @@ def wide_store(typing: Any, base: Any, index: Any, value: Any, count: Any) -> An
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element, vector = signature.args[0].dtype, signature.args[2]
         place = _place(builder, element, args[0], args[1], vector.lanes)
-        bits = _narrow(builder, element, args[2], vector.lanes)
+        bits = narrow(builder, element.element, args[2], vector.lanes)
         size = _item_bytes(element)
         if count is types.none:
             builder.store(bits, place, align=size)
@@ -180,7 +148,7 @@ def wide_stream(typing: Any, base: Any, index: Any, value: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element, vector = signature.args[0].dtype, signature.args[2]
         place = _place(builder, element, args[0], args[1], vector.lanes)
-        bits = _narrow(builder, element, args[2], vector.lanes)
+        bits = narrow(builder, element.element, args[2], vector.lanes)
         instruction = builder.store(bits, place, align=CACHE_LINE)
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
