@@ -26,10 +26,10 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
         from kernels.cpu_call import call, outside_forward, pack
         from batchnorm.kernels.cpu import outside, threads
 
-        def measure(inner=300):
-            x = torch.arange(4.0 * 3 * inner).reshape(4, 3, inner) % 7
+        def measure(outer=4, inner=300):
+            x = torch.arange(3.0 * outer * inner).reshape(outer, 3, inner) % 7
             moments = torch.empty(3, 3, dtype=torch.float64)
-            call(outside.family(4, inner), "MOMENTS", x, stats=moments)
+            call(outside.family(outer, inner), "MOMENTS", x, stats=moments)
             assert torch.allclose(moments[1], x.double().mean((0, 2))), "wrong result"
     """
     source = textwrap.dedent(program.format(tests=str(Path(__file__).parents[1]))) + textwrap.dedent(code)
@@ -136,7 +136,7 @@ def test_without_a_cache_folder_kernels_work_and_one_warning_says_so(tmp_path: P
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             measure()
-            measure(inner=49)
+            measure(20)
         print([str(w.message) for w in caught])
     """
     done = in_a_new_process(code, NUMBA_CACHE_DIR=str(blocked))
