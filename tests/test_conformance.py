@@ -499,10 +499,11 @@ def test_running_statistics_move_by_the_factor(name: str, factor: float) -> None
         assert torch.equal(running.mean, inputs.running_mean)
 
 
-def test_a_nan_in_running_statistics_does_not_survive_a_factor_of_one(name: str) -> None:
-    """momentum=1.0 means: forget the past, whatever it was."""
+@pytest.mark.parametrize("factor", [1.0, 1])
+def test_a_nan_in_running_statistics_does_not_survive_a_factor_of_one(name: str, factor: float) -> None:
+    """momentum=1 means: forget the past, whatever it was."""
     inputs = inputs_of(Case())
-    running = Running(torch.full((3,), float("nan")), torch.full((3,), float("inf")), 1.0)
+    running = Running(torch.full((3,), float("nan")), torch.full((3,), float("inf")), factor)
     load(name).forward(inputs.x, inputs.weight, inputs.bias, EPS, running=running)
     assert running.mean.isfinite().all()
     assert running.var.isfinite().all()

@@ -235,9 +235,7 @@ def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor 
         return
     for name, r in (("running_mean", mean), ("running_var", var)):
         _check_channels(function, x, name, r)
-        if (x.dtype == torch.float64) != (r.dtype == torch.float64) and not (
-            r.dtype == torch.float64 and x.dtype != torch.float64
-        ):
+        if x.dtype == torch.float64 and r.dtype != torch.float64:
             raise DtypeError(_dtype_message(function, name, x, r))
 
 

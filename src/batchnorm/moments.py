@@ -289,8 +289,14 @@ def combine_weights(function: str, x: Tensor, mask: Tensor | None, sample_weight
     present = None if mask is None else broadcast_weights(function, "mask", x, mask)
     if sample_weight is None:
         return present
-    weight = broadcast_weights(function, "sample_weight", x, sample_weight)
-    return weight if present is None else torch.where(present, weight, torch.zeros_like(weight))
+    return counted(present, broadcast_weights(function, "sample_weight", x, sample_weight))
+
+
+def counted(mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+    """How often each value counts: its weight, 0 where absent; None where all count once."""
+    if mask is None or sample_weight is None:
+        return mask if sample_weight is None else sample_weight
+    return torch.where(mask, sample_weight, torch.zeros_like(sample_weight))
 
 
 def _flat(weight: Tensor | None, x: Tensor) -> Tensor | None:

@@ -334,8 +334,12 @@ def test_a_batch_that_is_not_finite_is_named_and_nothing_is_changed(kind: str) -
     assert everything(model) == before
 
 
-def test_a_batch_of_one_value_is_an_error_and_nothing_is_changed() -> None:
+@pytest.mark.parametrize("too_few", ["raise", "running"])
+def test_a_batch_of_one_value_is_an_error_and_nothing_is_changed(too_few: Any) -> None:
     model = single()
+    for layer in model.modules():
+        if isinstance(layer, bn.BatchNorm):
+            layer.too_few = too_few
     before = everything(model)
     with pytest.raises(ValueError) as caught:
         bn.recalibrate(model, [torch.randn(8, 2, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64)])

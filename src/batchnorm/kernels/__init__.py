@@ -20,6 +20,7 @@ from torch import Tensor
 from batchnorm.errors import BackendError, DtypeError, expected
 from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.activations import activation as activation_by_name
 
 # Fastest first. The last one serves everything.
 BACKENDS: dict[str, str] = {"cpu": "batchnorm.kernels.cpu", "eager": "batchnorm.kernels.eager"}
@@ -93,9 +94,7 @@ def explain(
     >>> print(explain(torch.randn(8, 3)).backend in BACKENDS)
     True
     """
-    from batchnorm.kernels.activations import activation as by_name
-
-    act = by_name(activation, negative_slope)
+    act = activation_by_name(activation, negative_slope)
     chosen = choose(x, activation=act, mask=mask, sample_weight=sample_weight).NAME
     reasons = _reasons(x, act, mask, sample_weight)
     named = (_named.get() or _from_environment()) is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.moments import Moments, Room, cut, moments_of_view, statistics_dtype
+from batchnorm.moments import Moments, Room, counted, cut, moments_of_view, statistics_dtype
 
 NAME = "eager"
 
@@ -60,11 +60,9 @@ def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | No
     """Count, mean and M2 of each channel. ``mask`` and ``sample_weight`` have x's rank and broadcast to it."""
     seen = layout.of(x)
     view = seen.view(x)
-    if mask is None:
-        return moments_of_view(view, None if sample_weight is None else seen.view(sample_weight))
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    weight = mask if sample_weight is None else torch.where(mask, sample_weight, torch.zeros_like(sample_weight))
-    return moments_of_view(torch.where(seen.view(mask), view, zero), seen.view(weight))
+    if mask is not None:
+        view = torch.where(seen.view(mask), view, torch.zeros((), dtype=x.dtype, device=x.device))
+    return moments_of_view(view, _view(seen, counted(mask, sample_weight)))
 
 
 @torch.no_grad()
@@ -286,12 +284,7 @@ def differentiable(
         view = torch.where(present, view, zero)
         more = None if more is None else torch.where(present, more, zero)
     if stats is None:
-        weights = present
-        if sample_weight is not None:
-            weights = seen.view(sample_weight)
-            if present is not None:
-                weights = torch.where(present, weights, torch.zeros_like(weights))
-        found = moments_of_view(view, weights)
+        found = moments_of_view(view, _view(seen, counted(mask, sample_weight)))
         stats = (found.mean, found.variance())
     z = (view - stats[0].view(1, -1, 1)) * torch.rsqrt(stats[1].to(wide) + eps).view(1, -1, 1)
     if weight is not None:
@@ -310,7 +303,7 @@ def update(running: Running, batch: Moments) -> None:
     for r, value in ((running.mean, batch.mean), (running.var, batch.variance(biased=False))):
         value = value.detach()
         # Not lerp with factor 1: r + (value − r) would round, and a NaN in r would survive it.
-        if isinstance(factor, float) and factor == 1.0:
+        if not isinstance(factor, Tensor) and factor == 1:
             r.copy_(value)
         else:
             r.copy_(r.to(value.dtype) * (1 - factor) + value * factor)
@@ -318,12 +311,9 @@ def update(running: Running, batch: Moments) -> None:
 
 def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | float:
     """Values a channel: a number, or the sum of the weights of each channel, (channels,)."""
-    if mask is None and sample_weight is None:
+    weight = counted(mask, sample_weight)
+    if weight is None:
         return x.numel() / max(1, x.shape[1])
-    weight = mask if sample_weight is None else sample_weight
-    if mask is not None and sample_weight is not None:
-        weight = torch.where(mask, sample_weight, torch.zeros_like(sample_weight))
-    assert weight is not None
     return weight.to(statistics_dtype(x.device)).expand(x.shape).transpose(0, 1).flatten(1).sum(1)
 
 

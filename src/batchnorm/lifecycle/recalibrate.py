@@ -201,6 +201,8 @@ def _measure(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
+        # Asked here too: a layer with too_few="running" would let such a batch pass.
+        functional.check_batch_size(x)
         found = functional.batch_moments(x.detach())
         bad = functional.nonfinite_channels(found, None) if x.numel() else []
         if bad:
