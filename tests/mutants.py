@@ -63,8 +63,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "moments: weights count where the mask says absent",
         MOMENTS,
-        "return weight if present is None else torch.where(present, weight, torch.zeros_like(weight))",
-        "return weight",
+        "return torch.where(mask, sample_weight, torch.zeros_like(sample_weight))",
+        "return sample_weight",
         OF_MOMENTS,
     ),
     Mutant(
