@@ -226,8 +226,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "running: the cumulative factor is off by one",
         RUNNING,
-        "return Running(mean, var, 1.0 / (int(batches) + 1))",
-        "return Running(mean, var, 1.0 / (int(batches) + 2))",
+        "return Running(mean, var, 1.0 / (int(batches) + 1), batches)",
+        "return Running(mean, var, 1.0 / (int(batches) + 2), batches)",
         OF_LAYERS,
     ),
     Mutant(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from batchnorm import kernels
-from batchnorm.autograd import BatchNormFunction, Call, operators
+from batchnorm.autograd import Call, differentiated, operators
 from batchnorm.errors import ArgumentError, DtypeError, MismatchError, NonFiniteError, expected
 from batchnorm.kernels import eager
 from batchnorm.kernels.activations import Activation
@@ -16,6 +16,8 @@ from batchnorm.kernels.eager import Running, update
 from batchnorm.moments import Moments, broadcast_weights, combine_weights
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOAT32 = torch.float32
+WIDE = (torch.float32, torch.float64)
 
 
 def batch_norm(
@@ -138,11 +140,9 @@ def run(
         )
     kernel = kernels.choose(x, activation=activation, mask=mask, sample_weight=sample_weight)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, sample_weight):
-        call = Call(kernel, eps, activation, mask, population, batch, running)
-        result: Tensor = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, residual, sample_weight, call
+        return differentiated(
+            x, weight, bias, residual, sample_weight, Call(kernel, eps, activation, mask, population, batch, running)
         )
-        return result
     if population is None and batch is None:
         y: Tensor = kernel.forward(
             x, weight, bias, eps, residual=residual, activation=activation, mask=mask, sample_weight=sample_weight,
@@ -204,6 +204,23 @@ def nonfinite_channels(found: Moments, running: Running | None) -> list[int]:
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
     bad = ~(torch.isfinite(mean) & torch.isfinite(var))
     return [int(c) for c in bad.nonzero()]
+
+
+def is_usual(
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
+) -> bool:
+    """Whether one quick look says that none of the checks below has anything to say, in training or out of it."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) < 2 or x.numel() <= shape[1] or dtype not in FLOATING or eps <= 0.0 or mean is None or var is None:
+        return False
+    channels = shape[1]
+    for t in (mean, var) if weight is None and bias is None else (mean, var, weight, bias):
+        if t is None:
+            continue
+        other = t.dtype
+        if t.numel() != channels or t.device != device or (other != dtype and (other != FLOAT32 or dtype in WIDE)):
+            return False
+    return True
 
 
 def check_input(function: str, x: Tensor) -> None:
@@ -328,7 +345,10 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

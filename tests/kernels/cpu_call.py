@@ -13,7 +13,7 @@ from batchnorm.kernels.cpu.threads import launch
 
 _TENSORS = ("x", "dy", "y", "residual", "dx", "dresidual")
 _STATISTICS = ("mean", "var", "stats", "running_mean", "running_var", "sums")
-_VECTORS = ("weight", "bias", *_STATISTICS, "dweight", "dbias", "mask", "sample_weight", "scratch")
+_VECTORS = ("weight", "bias", *_STATISTICS, "dweight", "dbias", "mask", "sample_weight", "scratch", "batches")
 
 
 def pack(

@@ -71,6 +71,9 @@ class BatchNormFunction(torch.autograd.Function):
                 mask=mask,
             )
         ctx.call = call
+        if call.population is None and residual is None and sample_weight is None:
+            ctx.save_for_backward(x, weight, bias, stats)  # the common case
+            return y
         sign_of_y = activation.sign_survives and (residual is not None or not _needs_input(ctx, call))
         keep_x = _needs_input(ctx, call) or not (activation.name == "identity" or sign_of_y)
         keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
@@ -78,20 +81,21 @@ class BatchNormFunction(torch.autograd.Function):
             x if keep_x else None,
             weight,
             bias,
+            stats,
             residual if keep_residual else None,
             sample_weight,
-            stats,
             y if sign_of_y else None,
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, sample_weight, stats, y = ctx.saved_tensors
+        x, weight, bias, stats, residual, sample_weight, y = _saved(ctx)
         call: Call = ctx.call
-        needs = Needs(*ctx.needs_input_grad[:4])
+        needs_grad: tuple[bool, ...] = ctx.needs_input_grad
+        needs = Needs(*needs_grad[:4])
         training = call.population is None
-        if torch.is_grad_enabled() or ctx.needs_input_grad[4]:
+        if torch.is_grad_enabled() or needs_grad[4]:
             return _through_graph(ctx, dy, needs)
         if x is None:
             # Inference, frozen: the gradient looks at dy and at the sign of y, never at the values of x.
@@ -103,6 +107,37 @@ class BatchNormFunction(torch.autograd.Function):
         return (*grads, None, None)
 
 
+_apply = super(torch.autograd.Function, BatchNormFunction).apply
+
+
+def differentiated(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    sample_weight: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """``BatchNormFunction.apply``.
+
+    Function.apply is a layer of Python around the call below, and needed under function transforms only: for small
+    inputs it would cost as much as the kernel.
+    """
+    if torch._C._are_functorch_transforms_active():
+        y: Tensor = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, residual, sample_weight, call
+        )
+    else:
+        y = _apply(x, weight, bias, residual, sample_weight, call)
+    return y
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What forward kept, in one order."""
+    kept: tuple[Tensor | None, ...] = ctx.saved_tensors
+    return kept if len(kept) == 7 else (*kept, None, None, None)
+
+
 def _needs_input(ctx: Any, call: Call) -> bool:
     """Whether a gradient depends on the values of x: training, or the weight's own gradient."""
     needs: tuple[bool, ...] = ctx.needs_input_grad
@@ -111,7 +146,7 @@ def _needs_input(ctx: Any, call: Call) -> bool:
 
 def _through_graph(ctx: Any, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
     """The same gradients, in operations that autograd can differentiate again."""
-    x, weight, bias, residual, sample_weight, stats, y = ctx.saved_tensors
+    x, weight, bias, stats, residual, sample_weight, y = _saved(ctx)
     call: Call = ctx.call
     population = None if call.population is None else (stats[0], stats[1])
     graph = torch.is_grad_enabled()

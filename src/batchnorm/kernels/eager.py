@@ -26,11 +26,12 @@ NAME = "eager"
 
 
 class Running(NamedTuple):
-    """Running statistics that a forward updates: r ← r + factor·(batch − r)."""
+    """Running statistics that a forward updates: r ← r + factor·(batch − r). The counter goes up with them."""
 
     mean: Tensor  # (channels,), the dtype it is kept in
     var: Tensor  # (channels,), takes the unbiased variance
     factor: float | Tensor  # weight of the new batch
+    batches: Tensor | None = None  # (), int64: how many batches they have seen
 
 
 class Needs(NamedTuple):
@@ -307,6 +308,8 @@ def update(running: Running, batch: Moments) -> None:
             r.copy_(value)
         else:
             r.copy_(r.to(value.dtype) * (1 - factor) + value * factor)
+    if running.batches is not None:
+        running.batches.add_(1)
 
 
 def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | float:

@@ -125,19 +125,20 @@ class BatchNorm(_BatchNorm):
         parameters, buffers = self._parameters, self._buffers
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        name = type(self).__name__
-        functional.check_input(name, input)
-        few = input.numel() <= input.shape[1]
-        by_batch = (training and not (few and self.too_few == "running")) or (mean is None and var is None)
-        tracked = training and by_batch and self.track_running_stats
-        if by_batch:
-            functional.check_batch_size(input)
-            functional.check_eps(self.eps)
-        if tracked or not by_batch:
-            functional.check_statistics(name, input, mean, var, training=by_batch)
-        functional.check_parameters(name, input, weight, bias)
+        by_batch = training or (mean is None and var is None)
+        if not functional.is_usual(input, self.eps, weight, bias, mean, var):
+            name = type(self).__name__
+            functional.check_input(name, input)
+            if training and self.too_few == "running" and input.numel() <= input.shape[1] and mean is not None:
+                by_batch = False
+            if by_batch:
+                functional.check_batch_size(input)
+                functional.check_eps(self.eps)
+            if not by_batch or (training and self.track_running_stats):
+                functional.check_statistics(name, input, mean, var, training=by_batch)
+            functional.check_parameters(name, input, weight, bias)
         if residual is not None:
-            residual = functional.check_residual(name, input, residual)
+            residual = functional.check_residual(type(self).__name__, input, residual)
         if not by_batch:
             assert mean is not None and var is not None
             return functional.run(
@@ -145,7 +146,9 @@ class BatchNorm(_BatchNorm):
                 activation=self._activation, residual=residual,
             )  # fmt: skip
 
-        running = following(mean, var, self.momentum, batches) if tracked and input.numel() > 0 else None
+        running = None
+        if training and self.track_running_stats and input.numel() > 0:
+            running = following(mean, var, self.momentum, batches)
         found = None
         if self.nonfinite != "propagate":
             found, running = self._checked_moments(input, running)
@@ -156,8 +159,6 @@ class BatchNorm(_BatchNorm):
         )  # fmt: skip
         if running is not None and found is not None:
             update(running, found)
-        if running is not None and batches is not None:
-            batches.add_(1)
         return y
 
     def _checked_moments(self, input: Tensor, running: Running | None) -> tuple[Moments, Running | None]:

@@ -20,13 +20,13 @@ def following(
     if mean is None or var is None:
         return None
     if momentum is not None:
-        return Running(mean, var, momentum)
+        return Running(mean, var, momentum, batches)
     if batches is None:
         return Running(mean, var, 0.0)
     if torch.compiler.is_compiling():
         # A tensor, not its value: reading that would end the compiled graph here.
-        return Running(mean, var, 1.0 / (batches + 1).to(mean.dtype))
-    return Running(mean, var, 1.0 / (int(batches) + 1))
+        return Running(mean, var, 1.0 / (batches + 1).to(mean.dtype), batches)
+    return Running(mean, var, 1.0 / (int(batches) + 1), batches)
 
 
 def at_least_float32(buffer: Tensor, before: Tensor) -> Tensor:

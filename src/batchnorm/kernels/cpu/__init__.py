@@ -7,6 +7,8 @@ make or convert on the way is held in a local variable until the kernels have re
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.cpu.block import pack_what
-from batchnorm.kernels.cpu.pages import prefer_large
 from batchnorm.kernels.eager import INPUT_ONLY, Needs, Running
 from batchnorm.moments import Moments
 
@@ -22,6 +23,14 @@ NAME = "cpu"
 
 CONSTANT = float("inf")
 """COUNT of statistics that do not depend on the input: their share of the gradient vanishes."""
+
+WRITTEN = {
+    (False, False): (), (True, False): ("dx",), (False, True): ("dresidual",), (True, True): ("dx", "dresidual"),
+}  # fmt: skip
+"""What a backward writes, by whether dx and dresidual are needed."""
+
+KEPT_ROOM = 1 << 17
+"""float64 values of working memory that a thread keeps for its next call."""
 
 
 def supports(
@@ -42,10 +51,16 @@ def supports(
         return f"{activation.name} is not fused here"
     if activation.negative_slope < 0:
         return "leaky_relu with a negative slope changes the sign that backward looks at"
+    if mask is not None or sample_weight is not None:
+        return _serves_positions(x, mask, sample_weight)
+    return None
+
+
+def _serves_positions(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> str | None:
     for name, t in (("mask", mask), ("sample_weight", sample_weight)):
         if t is not None and t.shape[1] != 1 and x.shape[1] != 1:
             return f"a {name} of each channel's own"
-    if (mask is not None or sample_weight is not None) and plan.channels_lie_inside(x):
+    if plan.channels_lie_inside(x):
         # Long float32 sums of terms of one sign there are not yet within the tolerances with weights.
         return "masks and weights with the channels side by side in memory take the plain kernel"
     return None
@@ -53,7 +68,7 @@ def supports(
 
 def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
     masked = mask is not None or sample_weight is not None
-    p = plan.find("MOMENTS", x, {}, (), IDENTITY, None, torch.float64, masked=masked)
+    p = plan.find("MOMENTS", x, masked=masked)
     x = p.readable("x", x) if p.copied else x
     stats = torch.empty((3, p.channels), dtype=torch.float64)
     if masked:
@@ -62,7 +77,7 @@ def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | No
     p.run(
         pack_what(
             x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0, stats.data_ptr(), 0, 0, 0, 0, 0, _at(mask), _at(sample_weight),
-            _at(scratch),
+            _at(scratch), 0,
             0.0, 0.0, 0.0, 0.0,
         )
     )  # fmt: skip
@@ -84,22 +99,23 @@ def normalize(
 ) -> Tensor:
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
-    given = {"residual": residual} if out is None else {"residual": residual, "y": out}
-    p = plan.find("NORMALIZE", x, given, ("y",) if out is None else (), activation, parameter, mean.dtype,
-                  masked=mask is not None)  # fmt: skip
+    p = plan.find(
+        "NORMALIZE", x, None, out, residual, ("y",) if out is None else (), activation, parameter, mean.dtype,
+        masked=mask is not None,
+    )  # fmt: skip
     aside = None
     if p.copied:
         x = p.readable("x", x)
         residual = None if residual is None else p.readable("residual", residual)
         aside = out if "y" in p.copied else None
-    y = prefer_large(p.seen.empty(x)) if out is None or aside is not None else out
+    y = p.output(x) if out is None or aside is not None else out
     if mask is not None:
         mask = p.positions(mask, torch.uint8)
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), mean.data_ptr(),
-            var.data_ptr(), 0, 0, 0, 0, 0, 0, _at(mask), 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
+            var.data_ptr(), 0, 0, 0, 0, 0, 0, _at(mask), 0, _at(scratch), 0, eps, 0.0, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
     return y if aside is None else aside.copy_(y)
@@ -118,20 +134,21 @@ def forward(
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
     weight, bias, parameter = _parameters(weight, bias)
-    running_mean = running_var = None
+    running_mean = running_var = batches = None
     factor = 0.0
     # Not with a factor of 1: r + 1·(batch − r) would keep a NaN that has to be forgotten.
     if running is not None and running.factor != 1.0 and _in_place(running):
         running_mean, running_var, factor = running.mean, running.var, float(running.factor)
+        batches = running.batches
     masked = mask is not None or sample_weight is not None
     p = plan.find(
-        "FORWARD", x, {"residual": residual}, ("y",), activation, parameter, torch.float64, running_mean, masked
+        "FORWARD", x, None, None, residual, ("y",), activation, parameter, torch.float64, running_mean, masked
     )
     if p.copied:
         x = p.readable("x", x)
         residual = None if residual is None else p.readable("residual", residual)
-    y = prefer_large(torch.empty_like(x) if p.seen.dense else p.seen.empty(x))
-    stats = torch.empty((2, p.channels), dtype=torch.float64)
+    y = p.output(x)
+    stats = torch.empty_like(p.pair)
     at = stats.data_ptr()
     positions, weights = mask, sample_weight
     if masked:
@@ -140,7 +157,7 @@ def forward(
     p.run(
         pack_what(
             x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), at, at + 8 * p.channels, at,
-            _at(running_mean), _at(running_var), 0, 0, 0, _at(positions), _at(weights), _at(scratch),
+            _at(running_mean), _at(running_var), 0, 0, 0, _at(positions), _at(weights), _at(scratch), _at(batches),
             eps, factor, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
@@ -170,19 +187,19 @@ def backward_sums(
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
     p = plan.find(
-        "BACKWARD_SUMS", x, {"dy": dy, "y": y}, (), activation, parameter, mean.dtype, masked=mask is not None
+        "BACKWARD_SUMS", x, dy, y, None, (), activation, parameter, mean.dtype, masked=mask is not None
     )
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
-    sums = torch.empty((2, p.channels), dtype=torch.float64)
+    sums = torch.empty_like(p.pair)
     if mask is not None:
         mask = p.positions(mask, torch.uint8)
     scratch = _room(p)
     p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, 0, 0, _at(weight), _at(bias), mean.data_ptr(), var.data_ptr(), 0,
-            0, 0, sums.data_ptr(), 0, 0, _at(mask), 0, _at(scratch), eps, 0.0, activation.negative_slope, 0.0,
+            0, 0, sums.data_ptr(), 0, 0, _at(mask), 0, _at(scratch), 0, eps, 0.0, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
     return sums[0], sums[1]
@@ -216,14 +233,14 @@ def backward_input(
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
-    written = ("dx",) * needs.x + ("dresidual",) * needs.residual
+    written = WRITTEN[needs.x, needs.residual]
     masked = mask is not None or sample_weight is not None
-    p = plan.find("BACKWARD_INPUT", x, {"dy": dy, "y": y}, written, activation, parameter, mean.dtype, masked=masked)
+    p = plan.find("BACKWARD_INPUT", x, dy, y, None, written, activation, parameter, mean.dtype, masked=masked)
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
-    dx = prefer_large(p.seen.empty(x)) if needs.x else None
-    dresidual = p.seen.empty(x) if needs.residual else None
+    dx = p.output(x) if needs.x else None
+    dresidual = p.output(x) if needs.residual else None
     # Divided here, since counts may differ from channel to channel: a COUNT of 1 then does the rest.
     both = torch.stack(sums).to(torch.float64) / count
     if masked:
@@ -232,7 +249,7 @@ def backward_input(
     p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean.data_ptr(),
-            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, _at(mask), _at(sample_weight), _at(scratch),
+            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, _at(mask), _at(sample_weight), _at(scratch), 0,
             eps, 0.0, activation.negative_slope, 1.0,
         )
     )  # fmt: skip
@@ -262,19 +279,19 @@ def backward(
         passed_on = dy if needs.residual else None
     if activation.name == "identity":
         y = None
-    written = ("dx",) * needs.x + ("dresidual",) * (needs.residual and passed_on is None)
+    written = WRITTEN[needs.x, needs.residual and passed_on is None]
     operation = "BACKWARD" if training else "BACKWARD_EVAL"
     masked = mask is not None or sample_weight is not None
-    p = plan.find(operation, x, {"dy": dy, "y": y}, written, activation, parameter, stats.dtype, masked=masked)
+    p = plan.find(operation, x, dy, y, None, written, activation, parameter, stats.dtype, masked=masked)
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
-    dx = prefer_large(p.seen.empty(x)) if needs.x else None
-    dresidual = p.seen.empty(x) if needs.residual and passed_on is None else None
+    dx = p.output(x) if needs.x else None
+    dresidual = p.output(x) if needs.residual and passed_on is None else None
     dweight = torch.empty_like(weight) if needs.weight and weight is not None else None
     dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
     mean = stats.data_ptr()
-    sums = torch.empty((2, p.channels), dtype=torch.float64) if len(p.launches) > 1 else None
+    sums = torch.empty_like(p.pair) if len(p.launches) > 1 else None
     if masked:
         mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
@@ -284,7 +301,7 @@ def backward(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean,
             mean + stats.element_size() * p.channels, 0, 0, 0, _at(sums), _at(dweight), _at(dbias), _at(mask),
-            _at(sample_weight), _at(scratch),
+            _at(sample_weight), _at(scratch), 0,
             eps, 0.0, activation.negative_slope, count,
         )
     )  # fmt: skip
@@ -295,8 +312,25 @@ def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+class _Kept(threading.local):
+    """Working memory that each thread keeps: between two calls nothing in it is of use, and making it takes time."""
+
+    room: Tensor | None = None
+
+
+_kept = _Kept()
+
+
 def _room(p: plan.Plan) -> Tensor | None:
-    return torch.empty(p.scratch, dtype=torch.float64) if p.scratch else None
+    """Working memory for the kernels of a plan."""
+    if not p.scratch:
+        return None
+    if p.scratch > KEPT_ROOM:
+        return torch.empty(p.scratch, dtype=torch.float64)
+    room = _kept.room
+    if room is None or room.numel() < p.scratch:
+        room = _kept.room = torch.empty(p.scratch, dtype=torch.float64)
+    return room
 
 
 def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

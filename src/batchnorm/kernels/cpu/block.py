@@ -40,6 +40,7 @@ DWEIGHT, DBIAS              (channels,) written, or 0
 MASK                        uint8 (outer, inner), dense, 1 = present, or 0
 SAMPLE_WEIGHT               float64 (outer, inner), dense, or 0
 SCRATCH                     float64 workspace; each family's ``scratch`` function says how many values
+BATCHES                     int64, raised by one with the running update, or 0
 EPS, FACTOR, SLOPE          float64: eps; weight of the new batch in the running update; slope of the leaky
                             relu
 COUNT                       float64, read by backward and backward_input: how many values a channel has over all
@@ -97,11 +98,12 @@ DBIAS: Final = 38
 MASK: Final = 39
 SAMPLE_WEIGHT: Final = 40
 SCRATCH: Final = 41
-EPS: Final = 42
-FACTOR: Final = 43
-SLOPE: Final = 44
-COUNT: Final = 45
-SLOTS: Final = 46
+BATCHES: Final = 42
+EPS: Final = 43
+FACTOR: Final = 44
+SLOPE: Final = 45
+COUNT: Final = 46
+SLOTS: Final = 47
 
 CODES: Final = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 """Dtype codes of the per-channel vectors."""

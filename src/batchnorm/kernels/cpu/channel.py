@@ -15,7 +15,7 @@ from numba import float64, njit
 from numba.extending import register_jitable
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.scalars import FLOAT64, load_channel, pointer, real, slot_float, store, store_channel
+from batchnorm.kernels.cpu.scalars import FLOAT64, increment, load_channel, pointer, real, slot_float, store, store_channel
 from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_positive, vzeros
 
 
@@ -64,12 +64,21 @@ def write_moments(block, channel, count, mean, m2):  # type: ignore[no-untyped-d
 
 
 @plain
+def count_batch(block):  # type: ignore[no-untyped-def]
+    """One more in BATCHES. For one thread to call, that of the first channel."""
+    if block[slots.BATCHES] != 0:
+        increment(block[slots.BATCHES])
+
+
+@plain
 def finish_statistics(block, channel, count, mean, m2):  # type: ignore[no-untyped-def]
     """STATS of the forward kernel, (2, channels) mean and biased var, and the running update. Gives var."""
     var = m2 / count
     stats = pointer(block[slots.STATS], FLOAT64)
     store(stats, channel, mean)
     store(stats, block[slots.CHANNELS] + channel, var)
+    if channel == 0:
+        count_batch(block)
     factor = slot_float(block, slots.FACTOR)
     code = block[slots.RUNNING_DTYPE]
     address = block[slots.RUNNING_MEAN]

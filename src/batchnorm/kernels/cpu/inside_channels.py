@@ -16,6 +16,7 @@ import math
 from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
+from batchnorm.kernels.cpu.channel import count_batch
 from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, at_partial, weight_of
 from batchnorm.kernels.cpu.inside_sums import at_column
 from batchnorm.kernels.cpu.inside_wide import (
@@ -171,6 +172,8 @@ def write_statistics(block, j, n, count, mean, m2, moments):  # type: ignore[no-
 @plain
 def update_running(block, j, n, count, mean, m2):  # type: ignore[no-untyped-def]
     """The running statistics, where there are any: r += factor * (batch - r), with the unbiased variance."""
+    if j == 0:
+        count_batch(block)
     code = block[slots.RUNNING_DTYPE]
     factor = wide_splat(FLOAT64, slot_float(block, slots.FACTOR))
     address = block[slots.RUNNING_MEAN]

@@ -24,6 +24,7 @@ from batchnorm.kernels.cpu.vectors import (
     _masked,
     _place,
     _splat,
+    stream_bits,
 )
 
 REGISTERS = 4
@@ -147,10 +148,12 @@ def wide_stream(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element, vector = signature.args[0].dtype, signature.args[2]
-        place = _place(builder, element, args[0], args[1], vector.lanes)
         bits = narrow(builder, element.element, args[2], vector.lanes)
-        instruction = builder.store(bits, place, align=CACHE_LINE)
-        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        lanes = CACHE_LINE // _item_bytes(element)
+        for first in range(0, vector.lanes, lanes):
+            line = ir.Constant(ir.VectorType(I32, lanes), list(range(first, first + lanes)))
+            at = builder.add(args[1], ir.Constant(I64, first))
+            stream_bits(builder, builder.shuffle_vector(bits, bits, line), builder.gep(args[0], [at]), CACHE_LINE)
         return context.get_dummy_value()
 
     element = _elements(base)

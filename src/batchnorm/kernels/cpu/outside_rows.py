@@ -27,7 +27,7 @@ from batchnorm.kernels.cpu.vectors import (
     vput,
     vsplat,
     vstore,
-    vstream,
+    vstream_two,
     vsub,
     vsum,
     vtake,
@@ -172,12 +172,16 @@ def chunk_sums(  # type: ignore[no-untyped-def]
 
 
 @inlined
-def emit(y, at, value, stream):  # type: ignore[no-untyped-def]
-    """Store a whole vector, around the cache if `stream`."""
+def emit_four(y, at, step, v0, v1, v2, v3, stream):  # type: ignore[no-untyped-def]
+    """Store four vectors that follow one another, around the cache if `stream`."""
     if stream:
-        vstream(y, at, value)
+        vstream_two(y, at, v0, v1)
+        vstream_two(y, at + 2 * step, v2, v3)
     else:
-        vstore(y, at, value)
+        vstore(y, at, v0)
+        vstore(y, at + step, v1)
+        vstore(y, at + 2 * step, v2)
+        vstore(y, at + 3 * step, v3)
 
 
 @plain
@@ -203,10 +207,7 @@ def normalize_row(x, at, y, to, ahead, residual, res, length, hi, a, b, activati
             z1 = activated(z1, activation, slope_)
             z2 = activated(z2, activation, slope_)
             z3 = activated(z3, activation, slope_)
-        emit(y, to + i, z0, stream)
-        emit(y, to + i + step, z1, stream)
-        emit(y, to + i + 2 * step, z2, stream)
-        emit(y, to + i + 3 * step, z3, stream)
+        emit_four(y, to + i, step, z0, z1, z2, z3, stream)
         i += 4 * step
     while i < length:
         size = min(step, length - i)
@@ -264,10 +265,9 @@ def gradient_row(  # type: ignore[no-untyped-def]
                 g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
                 g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
                 g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
-            emit(dx, to + i, vfma(e_, g0, vfma(f_, d0, h_)), stream)
-            emit(dx, to + i + step, vfma(e_, g1, vfma(f_, d1, h_)), stream)
-            emit(dx, to + i + 2 * step, vfma(e_, g2, vfma(f_, d2, h_)), stream)
-            emit(dx, to + i + 3 * step, vfma(e_, g3, vfma(f_, d3, h_)), stream)
+            v0, v1 = vfma(e_, g0, vfma(f_, d0, h_)), vfma(e_, g1, vfma(f_, d1, h_))
+            v2, v3 = vfma(e_, g2, vfma(f_, d2, h_)), vfma(e_, g3, vfma(f_, d3, h_))
+            emit_four(dx, to + i, step, v0, v1, v2, v3, stream)
             i += 4 * step
     else:
         i = 0

@@ -1,47 +1,145 @@
-"""Large pages for large outputs.
+"""Memory for large outputs: blocks of large pages, used again and again.
 
-The C library gives large allocations back to the system when they are freed and maps them anew each time. Writing to
-fresh memory faults once per page of 4 KiB, which for a large output takes several times as long as a kernel; with
-pages of 2 MiB it is a fraction of that. Linux gives them where it is asked (``MADV_HUGEPAGE``), unless they are
-switched off for the whole machine.
+The C library gives a large allocation back to the system when it is freed (always from 32 MiB on, often below), and maps
+the next one anew. Writing to fresh memory faults once a page, and the system clears each page first: for a large output
+that takes as long as the kernel. So an output is a lease of a block that is kept here; the block comes back when PyTorch
+frees the last tensor in it, and the next output of that size gets it. Blocks ask for pages of 2 MiB
+(``MADV_HUGEPAGE``), which fault 512 times less often.
+
+A block that lies idle is marked as free for the taking (``MADV_FREE``): it costs the next output nothing, and the system
+takes it back as soon as memory gets short. ``BATCHNORM_IDLE_MIB`` says how much may lie idle, 1024 if it is not set; with
+0 there is no pool, and every output is an allocation of PyTorch's own. Only on Linux, where there are these two advices.
+
+A tensor that lives in a block is like any other, but that its storage cannot grow (``resize_`` to more elements).
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
+from collections import deque
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LARGE = 8 << 20
-"""Bytes from which it is worth a system call."""
+"""Bytes from which an output comes from the pool."""
 
-_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+PAGE = 2 << 20
+"""Bytes of a large page."""
 
 
-def prefer_large(fresh: Tensor) -> Tensor:
-    """Ask for large pages for a dense tensor that was just allocated and is not written yet. Gives the tensor.
+class _Block:
+    """Whole large pages, so many."""
+
+    __slots__ = ("memory", "pages", "start")
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        size = (pages + 1) * PAGE  # one more, so that it can begin where a large page does
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.start = -ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) % PAGE
+
+
+class Pool:
+    """Blocks, by their size. Every change is one operation that the interpreter does not interrupt, and there are no
+    locks: a block may come back at any moment, in any thread, also while another is being taken.
+    """
+
+    def __init__(self, most_idle: int) -> None:
+        self.most_idle = most_idle
+        self._idle: dict[int, deque[_Block]] = {}
+        self._leased: dict[int, int] = {}
+
+    def take(self, size: int) -> _Block:
+        """A block of at least so many bytes, one that lay idle if there is one.
+
+        Raises:
+            OSError: there is no memory
+        """
+        pages = -(-size // PAGE)
+        try:
+            block = self._idle[pages].pop()
+        except (KeyError, IndexError):
+            block = _Block(pages)
+        self._leased[id(block)] = pages * PAGE
+        return block
+
+    def give(self, block: _Block) -> None:
+        """Have a block back. Where too much lies idle, some goes back to the system."""
+        self._leased.pop(id(block), None)
+        block.memory.madvise(mmap.MADV_FREE)
+        self._idle.setdefault(block.pages, deque()).append(block)
+        while self.idle() > self.most_idle:
+            self._drop()
+
+    def idle(self) -> int:
+        """Bytes that lie idle."""
+        return sum(pages * len(blocks) for pages, blocks in list(self._idle.items())) * PAGE
+
+    def leased(self) -> int:
+        """Bytes in which tensors live."""
+        return sum(list(self._leased.values()))
+
+    def _drop(self) -> None:
+        """Give one block back to the system, of the size that came back first."""
+        for blocks in list(self._idle.values()):
+            try:
+                blocks.popleft()
+            except IndexError:
+                continue
+            return
+
+
+def _find_pool() -> Pool | None:
+    if not (sys.platform.startswith("linux") and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")):
+        return None
+    mib = int(os.environ.get("BATCHNORM_IDLE_MIB") or 1024)
+    return Pool(mib << 20) if mib > 0 else None
+
+
+pool = _find_pool()
+
+
+class _Lease:
+    """A buffer over part of a block, and what PyTorch holds on to while a tensor lives in it."""
+
+    block: _Block
+
+    def __del__(self) -> None:
+        if pool is not None:  # not so when the interpreter ends
+            pool.give(self.block)
+
+
+@lru_cache(maxsize=256)
+def _lease_of(size: int) -> Any:
+    """The ctypes array of this size that is a lease."""
+    return type("_Lease", (_Lease, ctypes.Array), {"_type_": ctypes.c_char, "_length_": size})
+
+
+def large_empty(like: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A new tensor of ``like``'s shape and dtype with these strides, which leave no gaps, in a block of the pool.
+
+    Where there is no pool, or no memory for it, PyTorch allocates it.
 
     >>> import torch
-    >>> prefer_large(torch.empty(3)).shape
-    torch.Size([3])
+    >>> large_empty(torch.ones(2, 3), (1, 2)).stride()
+    (1, 2)
     """
-    size = fresh.numel() * fresh.element_size()
-    if size > LARGE and _madvise is not None:
-        start = fresh.data_ptr()
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise(first, last - first, _ADVICE)  # advice: where it is not taken, pages are small as ever
-    return fresh
-
-
-def _find_madvise() -> Any:
-    if not sys.platform.startswith("linux") or _ADVICE is None:
-        return None
-    found = ctypes.CDLL(None).madvise
-    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
-    return found
-
-
-_madvise = _find_madvise()
+    if pool is None:
+        return torch.empty_strided(like.shape, strides, dtype=like.dtype)
+    size = like.numel() * like.element_size()
+    try:
+        block = pool.take(size)
+    except OSError:
+        return torch.empty_strided(like.shape, strides, dtype=like.dtype)
+    lease = _lease_of(size).from_buffer(block.memory, block.start)
+    lease.block = block
+    # Not a view of the flat tensor: those that are made without a graph cannot be changed in place under one.
+    flat = torch.frombuffer(lease, dtype=like.dtype)
+    return torch.empty(0, dtype=like.dtype).set_(flat.untyped_storage(), 0, like.shape, strides)

@@ -7,15 +7,17 @@ they want, and the first half of their argument block. Finding it again is one l
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import layout
-from batchnorm.kernels.activations import Activation
+from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.cpu import block, inside, outside, outside_long, outside_masked, outside_short
 from batchnorm.kernels.cpu.compiling import Kernel
+from batchnorm.kernels.cpu.pages import LARGE, large_empty
 from batchnorm.kernels.cpu.threads import launch, threads_for
 
 DTYPES = {
@@ -27,7 +29,7 @@ DTYPES = {
 CODES = {dtype: block.CODES[name] for dtype, name in DTYPES.items()}
 ACTIVATIONS = {"identity": block.IDENTITY, "relu": block.RELU, "leaky_relu": block.LEAKY_RELU}
 
-STREAM_FROM = 24 << 20
+STREAM_FROM = 8 << 20
 """Outputs of more bytes than this are stored around the cache: they would not be there any more when read."""
 
 KEPT = 4096
@@ -44,12 +46,20 @@ class Plan(NamedTuple):
     threads: int
     scratch: int  # float64 values of working memory
     channels: int
+    pair: Tensor  # a float64 tensor (2, channels), to make others like it
     seen: layout.Layout
+    large: tuple[int, ...] | None  # strides of an output that comes from the pool of large pages, or None
     copied: tuple[str, ...]  # the tensors that kernels cannot read as they lie in memory
 
     def run(self, what: bytes) -> None:
         for kernel, how in self.launches:
             launch(kernel, how + what, self.threads)
+
+    def output(self, x: Tensor) -> Tensor:
+        """A new tensor like ``x`` for the kernels to write."""
+        if self.large is not None:
+            return large_empty(x, self.large)
+        return torch.empty_like(x) if self.seen.dense and not self.copied else self.seen.empty(x)
 
     def readable(self, name: str, t: Tensor) -> Tensor:
         """``t``, or a copy that the kernels can read."""
@@ -63,19 +73,21 @@ class Plan(NamedTuple):
 def find(
     operation: str,
     x: Tensor,
-    given: dict[str, Tensor | None],
-    written: tuple[str, ...],
-    activation: Activation,
-    parameter: Tensor | None,
-    statistic: torch.dtype,
+    dy: Tensor | None = None,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    written: tuple[str, ...] = (),
+    activation: Activation = IDENTITY,
+    parameter: Tensor | None = None,
+    statistic: torch.dtype = torch.float64,
     running: Tensor | None = None,
     masked: bool = False,
 ) -> Plan:
     """The plan of ``operation`` (a kernel's name) on ``x``.
 
     Arguments:
-        given: the other tensors of x's size that are read, by their name in PLACES
-        written: the names of those that will be made like x and written
+        dy, y, residual: the other tensors of x's size that are there already
+        written: the names of those that will be made like x and written, as in PLACES
         parameter: weight or bias, for their dtype
         statistic: dtype of the mean and variance that are read
         running: a running statistic, for its dtype
@@ -83,12 +95,14 @@ def find(
     """
     threads = threads_for(x.numel())
     key = (
-        operation, masked, x.shape, x.stride(), x.dtype, threads, written, activation.name,
-        tuple([None if t is None else t.stride() for t in given.values()]),
-        None if parameter is None else parameter.dtype, statistic, None if running is None else running.dtype,
+        operation, x.shape, x.stride(), x.dtype, threads, written, activation.name, statistic, masked,
+        None if dy is None else dy.stride(), None if y is None else y.stride(),
+        None if residual is None else residual.stride(), None if parameter is None else parameter.dtype,
+        None if running is None else running.dtype,
     )  # fmt: skip
     found = _plans.get(key)
     if found is None:
+        given = {"dy": dy, "y": y, "residual": residual}
         found = _make(operation, x, given, written, activation, parameter, statistic, running, masked, threads)
         if len(_plans) >= KEPT:
             _plans.clear()
@@ -146,7 +160,13 @@ def _make(
             kernel = "BACKWARD"  # tells the two apart by COUNT
         compiled = getattr(family, kernel)[name]
         launches.append((compiled, block.pack_how(-1, threads, phase, *how)))
-    return Plan(tuple(launches), threads, scratch, channels, seen, tuple(copied))
+    large = made.stride() if bytes_out >= LARGE else None
+    return Plan(tuple(launches), threads, scratch, channels, _pair(channels), seen, large, tuple(copied))
+
+
+@lru_cache(maxsize=256)
+def _pair(channels: int) -> Tensor:
+    return torch.empty((2, channels), dtype=torch.float64)
 
 
 def _order(operation: str, split: bool, phases: tuple[int, ...]) -> list[tuple[str, int]]:

@@ -187,6 +187,18 @@ def load_byte(typing: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def increment(typing: Any, address: Any) -> Any:
+    """One more in the int64 at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], I64.as_pointer())
+        builder.store(builder.add(builder.load(place), ir.Constant(I64, 1)), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@intrinsic
 def real(typing: Any, element: Any, value: Any) -> Any:
     """The number as the float that elements are computed in."""
 

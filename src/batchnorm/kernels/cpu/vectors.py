@@ -137,6 +137,18 @@ def vstore(typing: Any, base: Any, index: Any, value: Any) -> Any:
     return None if element is None else (types.void(base, types.int64, Vector(element.real)), code)
 
 
+def stream_bits(builder: Any, bits: Any, place: Any, size: int) -> None:
+    """Store so many bytes around the cache, in whole lines where they are whole lines."""
+    # As numbers of 64 bits, and so that LLVM cannot see what they are: it forgets the hint for some types.
+    numbers = ir.VectorType(I64, size // 8)
+    same = ir.InlineAsm(ir.FunctionType(ir.VectorType(I64, 8), [ir.VectorType(I64, 8)]), "", "=v,0")
+    value = builder.bitcast(bits, numbers)
+    if size == 64 and VECTOR_BYTES == 64:
+        value = builder.call(same, [value])
+    instruction = builder.store(value, builder.bitcast(place, numbers.as_pointer()), align=size)
+    instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+
+
 @intrinsic
 def vstream(typing: Any, base: Any, index: Any, value: Any) -> Any:
     """Like vstore, around the cache; the place must be aligned to the vector's size in memory."""
@@ -145,12 +157,36 @@ def vstream(typing: Any, base: Any, index: Any, value: Any) -> Any:
         element, vector = signature.args[0].dtype, signature.args[2]
         place = _place(builder, element, args[0], args[1], vector.lanes)
         bits = narrow(builder, element.element, args[2], vector.lanes)
-        instruction = builder.store(bits, place, align=_item_bytes(element) * vector.lanes)
-        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        stream_bits(builder, bits, place, _item_bytes(element) * vector.lanes)
         return context.get_dummy_value()
 
     element = _elements(base)
     return None if element is None else (types.void(base, types.int64, Vector(element.real)), code)
+
+
+@intrinsic
+def vstream_two(typing: Any, base: Any, index: Any, first: Any, second: Any) -> Any:
+    """vstream of two vectors that follow one another: one store of a whole line where elements have 16 bits."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element, vector = signature.args[0].dtype, signature.args[2]
+        place = _place(builder, element, args[0], args[1], vector.lanes)
+        size = _item_bytes(element) * vector.lanes
+        both = [narrow(builder, element.element, value, vector.lanes) for value in args[2:]]
+        if size >= VECTOR_BYTES:
+            stream_bits(builder, both[0], place, size)
+            next_place = builder.gep(args[0], [builder.add(args[1], ir.Constant(I64, vector.lanes))])
+            stream_bits(builder, both[1], next_place, size)
+        else:
+            everything = ir.Constant(ir.VectorType(I32, 2 * vector.lanes), list(range(2 * vector.lanes)))
+            stream_bits(builder, builder.shuffle_vector(*both, everything), place, 2 * size)
+        return context.get_dummy_value()
+
+    element = _elements(base)
+    if element is None:
+        return None
+    vector = Vector(element.real)
+    return types.void(base, types.int64, vector, vector), code
 
 
 @intrinsic(prefer_literal=True)
