@@ -203,10 +203,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "layer: the counter is raised by a forward that fails",
         LAYER,
-        "            functional.check_batch_size(input)\n",
-        "            batches = None if batches is None else batches.add_(1)\n"
-        "            functional.check_batch_size(input)\n"
-        "            batches = None if batches is None else batches.sub_(1)\n",
+        "                functional.check_batch_size(input)\n",
+        "                batches = None if batches is None else batches.add_(1)\n"
+        "                functional.check_batch_size(input)\n"
+        "                batches = None if batches is None else batches.sub_(1)\n",
         OF_REFUSALS,
     ),
     Mutant(

@@ -107,7 +107,7 @@ class BatchNormFunction(torch.autograd.Function):
         return (*grads, None, None)
 
 
-_apply = super(torch.autograd.Function, BatchNormFunction).apply
+_apply: Any = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 def differentiated(
@@ -132,9 +132,9 @@ def differentiated(
     return y
 
 
-def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+def _saved(ctx: Any) -> tuple[Any, ...]:
     """What forward kept, in one order."""
-    kept: tuple[Tensor | None, ...] = ctx.saved_tensors
+    kept: tuple[Any, ...] = ctx.saved_tensors
     return kept if len(kept) == 7 else (*kept, None, None, None)
 
 

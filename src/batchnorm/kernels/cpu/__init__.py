@@ -186,9 +186,7 @@ def backward_sums(
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
-    p = plan.find(
-        "BACKWARD_SUMS", x, dy, y, None, (), activation, parameter, mean.dtype, masked=mask is not None
-    )
+    p = plan.find("BACKWARD_SUMS", x, dy, y, None, (), activation, parameter, mean.dtype, masked=mask is not None)
     if p.copied:
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)

@@ -15,7 +15,16 @@ from numba import float64, njit
 from numba.extending import register_jitable
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.scalars import FLOAT64, increment, load_channel, pointer, real, slot_float, store, store_channel
+from batchnorm.kernels.cpu.scalars import (
+    FLOAT64,
+    increment,
+    load_channel,
+    pointer,
+    real,
+    slot_float,
+    store,
+    store_channel,
+)
 from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_positive, vzeros
 
 

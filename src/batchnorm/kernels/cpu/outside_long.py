@@ -30,7 +30,6 @@ from batchnorm.kernels.cpu.channel import (
     finish_statistics,
     finish_sums,
     gradient_coefficients,
-    may_stream,
     merge,
     plain,
     read_statistics,
@@ -96,7 +95,7 @@ def normalize_chunk(block, channel, chunk, hi, a, b, element):  # type: ignore[n
     x, y = pointer(block[slots.X], element), pointer(block[slots.Y], element)
     residual = pointer(block[slots.RESIDUAL], element)
     slope = real(element, slot_float(block, slots.SLOPE))
-    stream = may_stream(block, block[slots.Y], block[slots.Y_OUTER], block[slots.Y_STEP], element)
+    stream = block[slots.STREAM] != 0
     for n in range(row + rows - 1, row - 1, -1):
         res = -1
         if block[slots.RESIDUAL] != 0:
@@ -188,7 +187,7 @@ def gradient_chunk(block, channel, chunk, hi, a, b, by_dz, by_x, constant, centr
     dy, x, y = pointer(block[slots.DY], element), pointer(block[slots.X], element), pointer(block[slots.Y], element)
     dx, dresidual = pointer(block[slots.DX], element), pointer(block[slots.DRESIDUAL], element)
     slope = real(element, slot_float(block, slots.SLOPE))
-    stream = may_stream(block, block[slots.DX], block[slots.DX_OUTER], block[slots.DX_STEP], element)
+    stream = block[slots.STREAM] != 0
     for n in range(row + rows - 1, row - 1, -1):
         gate, to, res = -1, -1, -1
         if block[slots.Y] != 0:

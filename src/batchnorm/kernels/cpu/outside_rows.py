@@ -16,6 +16,8 @@ from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
 from batchnorm.kernels.cpu.scalars import load, real
 from batchnorm.kernels.cpu.vectors import (
+    address_of,
+    item_bytes,
     lanes,
     prefetch_four,
     vadd,
@@ -184,12 +186,34 @@ def emit_four(y, at, step, v0, v1, v2, v3, stream):  # type: ignore[no-untyped-d
         vstore(y, at + 3 * step, v3)
 
 
+@inlined
+def before_line(y, at, length, stream, element):  # type: ignore[no-untyped-def]
+    """How many elements to store one vector at a time before whole cache lines can be streamed; 0 if not `stream`."""
+    return min(length, -address_of(y, at) % 64 // item_bytes(element)) if stream else 0
+
+
+@plain
+def normalize_few(x, at, y, to, residual, res, i, end, hi, a, b, activation, slope, element):  # type: ignore[no-untyped-def]
+    """normalize_row of the elements i to end, some of a vector at a time."""
+    step = lanes(element)
+    hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
+    while i < end:
+        size = min(step, end - i)
+        z = vfma(vsub(vtake(x, at + i, size, step), hi_), a_, b_)
+        if res >= 0:
+            z = vadd(z, vtake(residual, res + i, size, step))
+        vput(y, to + i, activated(z, activation, slope_), size, step)
+        i += size
+
+
 @plain
 def normalize_row(x, at, y, to, ahead, residual, res, length, hi, a, b, activation, slope, stream, element):  # type: ignore[no-untyped-def]
     """y[to + i] = activation((x[at + i] - hi) * a + b [+ residual[res + i] where res >= 0])."""
     step = lanes(element)
     hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
-    i = 0
+    i = before_line(y, to, length, stream, element)
+    if i > 0:
+        normalize_few(x, at, y, to, residual, res, 0, i, hi, a, b, activation, slope, element)
     while i + 4 * step <= length:
         if not stream:
             prefetch_four(y, to + ahead + i, step, 1, element)
@@ -209,50 +233,55 @@ def normalize_row(x, at, y, to, ahead, residual, res, length, hi, a, b, activati
             z3 = activated(z3, activation, slope_)
         emit_four(y, to + i, step, z0, z1, z2, z3, stream)
         i += 4 * step
-    while i < length:
-        size = min(step, length - i)
-        z0 = vfma(vsub(vtake(x, at + i, size, step), hi_), a_, b_)
+    normalize_few(x, at, y, to, residual, res, i, length, hi, a, b, activation, slope, element)
+
+
+@plain
+def gradient_few(  # type: ignore[no-untyped-def]
+    dy, at_dy, x, at_x, y, at_y, dx, to, dres, res, i, end, hi, a, b, by_dz, by_x, constant, centred, activation, slope,
+    element,
+):  # fmt: skip
+    """gradient_row of the elements i to end, some of a vector at a time."""
+    step = lanes(element)
+    hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
+    e_, f_, h_ = vsplat(element, by_dz), vsplat(element, by_x), vsplat(element, constant)
+    while i < end:
+        size = min(step, end - i)
+        g = vtake(dy, at_dy + i, size, step)
+        d = vzeros(g)
+        if centred or (activation != slots.IDENTITY and at_y < 0):
+            d = vsub(vtake(x, at_x + i, size, step), hi_)
+        if activation != slots.IDENTITY:
+            z = vtake(y, at_y + i, size, step) if at_y >= 0 else vfma(d, a_, b_)
+            g = gated(g, z, activation, slope_)
         if res >= 0:
-            z0 = vadd(z0, vtake(residual, res + i, size, step))
-        vput(y, to + i, activated(z0, activation, slope_), size, step)
-        i += step
+            vput(dres, res + i, g, size, step)
+        if to >= 0:
+            vput(dx, to + i, vfma(e_, g, vfma(f_, d, h_)) if centred else vmul(e_, g), size, step)
+        i += size
 
 
 @plain
 def gradient_row(  # type: ignore[no-untyped-def]
-    dy,
-    at_dy,
-    x,
-    at_x,
-    y,
-    at_y,
-    dx,
-    to,
-    ahead,
-    dres,
-    res,
-    length,
-    hi,
-    a,
-    b,
-    by_dz,
-    by_x,
-    constant,
-    centred,
-    activation,
-    slope,
-    stream,
-    element,
-):
+    dy, at_dy, x, at_x, y, at_y, dx, to, ahead, dres, res, length, hi, a, b, by_dz, by_x, constant, centred, activation,
+    slope, stream, element,
+):  # fmt: skip
     """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz itself into dres where `res` >= 0.
 
-    x is not read unless `centred` (by_x counts) or it gates dz.
+    dz is gated by y where at_y >= 0, else by x. x is not read unless `centred` (by_x counts) or it gates dz.
     """
     step = lanes(element)
-    hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
-    e_, f_, h_ = vsplat(element, by_dz), vsplat(element, by_x), vsplat(element, constant)
-    if centred and to >= 0 and res < 0 and at_y < 0:  # the common case, without tests inside
-        i = 0
+    i = 0
+    if centred and to >= 0:  # all but some frozen layers
+        hi_, a_, b_, slope_ = vsplat(element, hi), vsplat(element, a), vsplat(element, b), vsplat(element, slope)
+        e_, f_, h_ = vsplat(element, by_dz), vsplat(element, by_x), vsplat(element, constant)
+        i = before_line(dx, to, length, stream, element)
+        stream_too = stream and i == before_line(dres, res, length, stream, element)
+        if i > 0:
+            gradient_few(
+                dy, at_dy, x, at_x, y, at_y, dx, to, dres, res, 0, i, hi, a, b, by_dz, by_x, constant, centred,
+                activation, slope, element,
+            )  # fmt: skip
         while i + 4 * step <= length:
             if not stream:
                 prefetch_four(dx, to + ahead + i, step, 1, element)
@@ -261,28 +290,23 @@ def gradient_row(  # type: ignore[no-untyped-def]
             d0, d1 = vsub(vload(x, at_x + i), hi_), vsub(vload(x, at_x + i + step), hi_)
             d2, d3 = vsub(vload(x, at_x + i + 2 * step), hi_), vsub(vload(x, at_x + i + 3 * step), hi_)
             if activation != slots.IDENTITY:
-                g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
-                g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
-                g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
-                g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
+                if at_y >= 0:
+                    g0 = gated(g0, vload(y, at_y + i), activation, slope_)
+                    g1 = gated(g1, vload(y, at_y + i + step), activation, slope_)
+                    g2 = gated(g2, vload(y, at_y + i + 2 * step), activation, slope_)
+                    g3 = gated(g3, vload(y, at_y + i + 3 * step), activation, slope_)
+                else:
+                    g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
+                    g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
+                    g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
+                    g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
+            if res >= 0:
+                emit_four(dres, res + i, step, g0, g1, g2, g3, stream_too)
             v0, v1 = vfma(e_, g0, vfma(f_, d0, h_)), vfma(e_, g1, vfma(f_, d1, h_))
             v2, v3 = vfma(e_, g2, vfma(f_, d2, h_)), vfma(e_, g3, vfma(f_, d3, h_))
             emit_four(dx, to + i, step, v0, v1, v2, v3, stream)
             i += 4 * step
-    else:
-        i = 0
-    while i < length:
-        size = min(step, length - i)
-        g0 = vtake(dy, at_dy + i, size, step)
-        d0 = vzeros(g0)
-        if centred or (activation != slots.IDENTITY and at_y < 0):
-            d0 = vsub(vtake(x, at_x + i, size, step), hi_)
-        if activation != slots.IDENTITY:
-            z0 = vtake(y, at_y + i, size, step) if at_y >= 0 else vfma(d0, a_, b_)
-            g0 = gated(g0, z0, activation, slope_)
-        if res >= 0:
-            vput(dres, res + i, g0, size, step)
-        if to >= 0:
-            v0 = vfma(e_, g0, vfma(f_, d0, h_)) if centred else vmul(e_, g0)
-            vput(dx, to + i, v0, size, step)
-        i += step
+    gradient_few(
+        dy, at_dy, x, at_x, y, at_y, dx, to, dres, res, i, length, hi, a, b, by_dz, by_x, constant, centred,
+        activation, slope, element,
+    )  # fmt: skip

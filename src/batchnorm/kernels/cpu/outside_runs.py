@@ -16,6 +16,7 @@ from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
 from batchnorm.kernels.cpu.scalars import load, real
 from batchnorm.kernels.cpu.vectors import (
+    item_bytes,
     lanes,
     new_line,
     prefetch,
@@ -25,18 +26,20 @@ from batchnorm.kernels.cpu.vectors import (
     vload,
     vload_some,
     vmul,
+    vput,
     vsplat,
     vstore,
-    vstore_some,
-    vstream,
+    vstream_two,
     vsub,
     vsum,
     vtake,
     vzeros,
 )
 
-PLACES = 1024
-"""How many places a run has at most: what keeps its workspaces in the first-level cache."""
+PLACES = 1600
+"""How many places a run has at most, of elements of 16 bits; 1024 for longer ones: what keeps the workspaces in the
+first-level cache. (1568 places are whole cache lines of rows of 49 or 196 elements.)
+"""
 
 SLACK = PLACES + 32
 """Length of a workspace: the last channel is spread out in whole vectors."""
@@ -149,107 +152,65 @@ def moments_of_run(x, start, stride, samples, width, shifts, sums, squares, elem
 
 
 @inlined
-def emit(y, at, value, size, step, stream):  # type: ignore[no-untyped-def]
-    """Store the first `size` lanes; a whole vector around the cache if `stream`."""
-    if size < step:
-        vstore_some(y, at, value, size)
-    elif stream:
-        vstream(y, at, value)
+def emit_two(y, at, stride, step, v, w, stream, element):  # type: ignore[no-untyped-def]
+    """Store two vectors that follow one another, around the cache if `stream`; else ask for the place two rows up."""
+    if stream:
+        vstream_two(y, at, v, w)
     else:
-        vstore(y, at, value)
-
-
-@inlined
-def normalize_one(x, at, y, to, residual, res, i, size, step, hi, a, b, activation, slope, stream):  # type: ignore[no-untyped-def]
-    """One sample of one vector of places."""
-    z = vfma(vsub(vtake(x, at, size, step), vload(hi, i)), vload(a, i), vload(b, i))
-    if res >= 0:
-        z = vadd(z, vtake(residual, res, size, step))
-    emit(y, to, activated(z, activation, slope), size, step, stream)
+        prefetch(y, at - 2 * stride, 1)
+        if step * item_bytes(element) >= 64:
+            prefetch(y, at - 2 * stride + step, 1)
+        vstore(y, at, v)
+        vstore(y, at + step, w)
 
 
 @plain
 def normalize_run(  # type: ignore[no-untyped-def]
-    x,
-    at,
-    x_stride,
-    y,
-    to,
-    y_stride,
-    residual,
-    res,
-    res_stride,
-    samples,
-    width,
-    hi,
-    a,
-    b,
-    activation,
-    slope,
-    stream,
+    x, at, x_stride, y, to, y_stride, residual, res, res_stride, samples, width, hi, a, b, activation, slope, stream,
     element,
-):
+):  # fmt: skip
     """y = activation((x - hi) * a + b [+ residual, where res >= 0]) for a run of channels in all samples, backwards."""
     step = lanes(element)
-    whole = width // step * step
+    pairs = width // (2 * step) * (2 * step)
     slope_ = vsplat(element, slope)
     n = samples
     while n > 0:
-        here = 4 if n >= 4 else 1
+        here = 2 if n >= 2 else 1
         n -= here
         done = 0
-        if here == 4:
-            p0, r0, s0 = at + n * x_stride, to + n * y_stride, res + n * res_stride
-            for i in range(0, whole, step):
-                hi_, a_, b_ = vload(hi, i), vload(a, i), vload(b, i)
-                z0 = vfma(vsub(vload(x, p0 + i), hi_), a_, b_)
-                z1 = vfma(vsub(vload(x, p0 + x_stride + i), hi_), a_, b_)
-                z2 = vfma(vsub(vload(x, p0 + 2 * x_stride + i), hi_), a_, b_)
-                z3 = vfma(vsub(vload(x, p0 + 3 * x_stride + i), hi_), a_, b_)
-                if res >= 0:
-                    z0 = vadd(z0, vload(residual, s0 + i))
-                    z1 = vadd(z1, vload(residual, s0 + res_stride + i))
-                    z2 = vadd(z2, vload(residual, s0 + 2 * res_stride + i))
-                    z3 = vadd(z3, vload(residual, s0 + 3 * res_stride + i))
-                if activation != slots.IDENTITY:
-                    z0 = activated(z0, activation, slope_)
-                    z1 = activated(z1, activation, slope_)
-                    z2 = activated(z2, activation, slope_)
-                    z3 = activated(z3, activation, slope_)
-                if stream:
-                    vstream(y, r0 + i, z0)
-                    vstream(y, r0 + y_stride + i, z1)
-                    vstream(y, r0 + 2 * y_stride + i, z2)
-                    vstream(y, r0 + 3 * y_stride + i, z3)
-                else:
-                    if new_line(i, step, element):
-                        for ahead in range(1, 5):
-                            prefetch(y, r0 - ahead * y_stride + i, 1)
-                    vstore(y, r0 + i, z0)
-                    vstore(y, r0 + y_stride + i, z1)
-                    vstore(y, r0 + 2 * y_stride + i, z2)
-                    vstore(y, r0 + 3 * y_stride + i, z3)
-            done = whole
-        for m in range(n, n + here):
-            s0 = res + m * res_stride if res >= 0 else -1
-            for i in range(done, width, step):
-                normalize_one(
-                    x,
-                    at + m * x_stride + i,
-                    y,
-                    to + m * y_stride + i,
-                    residual,
-                    s0 + i if s0 >= 0 else -1,
-                    i,
-                    min(step, width - i),
-                    step,
-                    hi,
-                    a,
-                    b,
-                    activation,
-                    slope_,
-                    stream,
+        if here == 2:  # two vectors of two samples
+            p, r, s = at + n * x_stride, to + n * y_stride, res + n * res_stride
+            for i in range(0, pairs, 2 * step):
+                j = i + step
+                hi_i, a_i, b_i, hi_j, a_j, b_j = (
+                    vload(hi, i),
+                    vload(a, i),
+                    vload(b, i),
+                    vload(hi, j),
+                    vload(a, j),
+                    vload(b, j),
                 )
+                z0, z1 = vfma(vsub(vload(x, p + i), hi_i), a_i, b_i), vfma(vsub(vload(x, p + j), hi_j), a_j, b_j)
+                z2 = vfma(vsub(vload(x, p + x_stride + i), hi_i), a_i, b_i)
+                z3 = vfma(vsub(vload(x, p + x_stride + j), hi_j), a_j, b_j)
+                if res >= 0:
+                    z0, z1 = vadd(z0, vload(residual, s + i)), vadd(z1, vload(residual, s + j))
+                    z2 = vadd(z2, vload(residual, s + res_stride + i))
+                    z3 = vadd(z3, vload(residual, s + res_stride + j))
+                if activation != slots.IDENTITY:
+                    z0, z1 = activated(z0, activation, slope_), activated(z1, activation, slope_)
+                    z2, z3 = activated(z2, activation, slope_), activated(z3, activation, slope_)
+                emit_two(y, r + i, y_stride, step, z0, z1, stream, element)
+                emit_two(y, r + y_stride + i, y_stride, step, z2, z3, stream, element)
+            done = pairs
+        for m in range(n, n + here):
+            p, r, s = at + m * x_stride, to + m * y_stride, res + m * res_stride
+            for i in range(done, width, step):
+                size = min(step, width - i)
+                z = vfma(vsub(vtake(x, p + i, size, step), vload(hi, i)), vload(a, i), vload(b, i))
+                if res >= 0:
+                    z = vadd(z, vtake(residual, s + i, size, step))
+                vput(y, r + i, activated(z, activation, slope_), size, step)
 
 
 @inlined
@@ -402,92 +363,67 @@ def sums_of_run(  # type: ignore[no-untyped-def]
 
 @plain
 def gradient_run(  # type: ignore[no-untyped-def]
-    dy,
-    at_dy,
-    dy_stride,
-    x,
-    at_x,
-    x_stride,
-    y,
-    at_y,
-    y_stride,
-    dx,
-    to,
-    dx_stride,
-    dres,
-    res,
-    res_stride,
-    samples,
-    width,
-    hi,
-    a,
-    b,
-    by_dz,
-    by_x,
-    constant,
-    centred,
-    activation,
-    slope,
-    stream,
-    element,
-):
+    dy, at_dy, dy_stride, x, at_x, x_stride, y, at_y, y_stride, dx, to, dx_stride, dres, res, res_stride, samples,
+    width, hi, a, b, by_dz, by_x, constant, centred, activation, slope, stream, element,
+):  # fmt: skip
     """dx = by_dz * dz + by_x * (x - hi) + constant where `to` >= 0, and dz into dres where `res` >= 0; backwards.
 
-    x is not read unless `centred` (by_x counts) or it gates dz.
+    dz is gated by y where at_y >= 0, else by x. x is not read unless `centred` (by_x counts) or it gates dz.
     """
     step = lanes(element)
-    whole = width // step * step
+    pairs = width // (2 * step) * (2 * step) if centred and to >= 0 else 0  # none for some frozen layers
     slope_ = vsplat(element, slope)
-    common = centred and to >= 0 and res < 0 and at_y < 0
     n = samples
     while n > 0:
-        here = 4 if n >= 4 else 1
+        here = 2 if n >= 2 else 1
         n -= here
         done = 0
-        if here == 4 and common:
-            p, q, r = at_dy + n * dy_stride, at_x + n * x_stride, to + n * dx_stride
-            for i in range(0, whole, step):
-                hi_, e_, f_, h_ = vload(hi, i), vload(by_dz, i), vload(by_x, i), vload(constant, i)
-                g0, g1 = vload(dy, p + i), vload(dy, p + dy_stride + i)
-                g2, g3 = vload(dy, p + 2 * dy_stride + i), vload(dy, p + 3 * dy_stride + i)
-                d0, d1 = vsub(vload(x, q + i), hi_), vsub(vload(x, q + x_stride + i), hi_)
-                d2 = vsub(vload(x, q + 2 * x_stride + i), hi_)
-                d3 = vsub(vload(x, q + 3 * x_stride + i), hi_)
+        if here == 2:  # two vectors of two samples
+            p, q, t = at_dy + n * dy_stride, at_x + n * x_stride, to + n * dx_stride
+            r, s = at_y + n * y_stride, res + n * res_stride
+            for i in range(0, pairs, 2 * step):
+                j = i + step
+                g0, g1 = vload(dy, p + i), vload(dy, p + j)
+                g2, g3 = vload(dy, p + dy_stride + i), vload(dy, p + dy_stride + j)
+                hi_i, hi_j = vload(hi, i), vload(hi, j)
+                d0, d1 = vsub(vload(x, q + i), hi_i), vsub(vload(x, q + j), hi_j)
+                d2, d3 = vsub(vload(x, q + x_stride + i), hi_i), vsub(vload(x, q + x_stride + j), hi_j)
                 if activation != slots.IDENTITY:
-                    a_, b_ = vload(a, i), vload(b, i)
-                    g0 = gated(g0, vfma(d0, a_, b_), activation, slope_)
-                    g1 = gated(g1, vfma(d1, a_, b_), activation, slope_)
-                    g2 = gated(g2, vfma(d2, a_, b_), activation, slope_)
-                    g3 = gated(g3, vfma(d3, a_, b_), activation, slope_)
-                v0, v1 = vfma(e_, g0, vfma(f_, d0, h_)), vfma(e_, g1, vfma(f_, d1, h_))
-                v2, v3 = vfma(e_, g2, vfma(f_, d2, h_)), vfma(e_, g3, vfma(f_, d3, h_))
-                if stream:
-                    vstream(dx, r + i, v0)
-                    vstream(dx, r + dx_stride + i, v1)
-                    vstream(dx, r + 2 * dx_stride + i, v2)
-                    vstream(dx, r + 3 * dx_stride + i, v3)
-                else:
-                    if new_line(i, step, element):
-                        for ahead in range(1, 5):
-                            prefetch(dx, r - ahead * dx_stride + i, 1)
-                    vstore(dx, r + i, v0)
-                    vstore(dx, r + dx_stride + i, v1)
-                    vstore(dx, r + 2 * dx_stride + i, v2)
-                    vstore(dx, r + 3 * dx_stride + i, v3)
-            done = whole
+                    if at_y >= 0:
+                        g0 = gated(g0, vload(y, r + i), activation, slope_)
+                        g1 = gated(g1, vload(y, r + j), activation, slope_)
+                        g2 = gated(g2, vload(y, r + y_stride + i), activation, slope_)
+                        g3 = gated(g3, vload(y, r + y_stride + j), activation, slope_)
+                    else:
+                        a_i, b_i, a_j, b_j = vload(a, i), vload(b, i), vload(a, j), vload(b, j)
+                        g0 = gated(g0, vfma(d0, a_i, b_i), activation, slope_)
+                        g1 = gated(g1, vfma(d1, a_j, b_j), activation, slope_)
+                        g2 = gated(g2, vfma(d2, a_i, b_i), activation, slope_)
+                        g3 = gated(g3, vfma(d3, a_j, b_j), activation, slope_)
+                if res >= 0:
+                    emit_two(dres, s + i, res_stride, step, g0, g1, False, element)
+                    emit_two(dres, s + res_stride + i, res_stride, step, g2, g3, False, element)
+                e_i, f_i, h_i = vload(by_dz, i), vload(by_x, i), vload(constant, i)
+                e_j, f_j, h_j = vload(by_dz, j), vload(by_x, j), vload(constant, j)
+                v0, v1 = vfma(e_i, g0, vfma(f_i, d0, h_i)), vfma(e_j, g1, vfma(f_j, d1, h_j))
+                v2, v3 = vfma(e_i, g2, vfma(f_i, d2, h_i)), vfma(e_j, g3, vfma(f_j, d3, h_j))
+                emit_two(dx, t + i, dx_stride, step, v0, v1, stream, element)
+                emit_two(dx, t + dx_stride + i, dx_stride, step, v2, v3, stream, element)
+            done = pairs
         for m in range(n, n + here):
+            p, q, t = at_dy + m * dy_stride, at_x + m * x_stride, to + m * dx_stride
+            r, s = at_y + m * y_stride, res + m * res_stride
             for i in range(done, width, step):
                 size = min(step, width - i)
-                g = vtake(dy, at_dy + m * dy_stride + i, size, step)
+                g = vtake(dy, p + i, size, step)
                 d = vzeros(g)
                 if centred or (activation != slots.IDENTITY and at_y < 0):
-                    d = vsub(vtake(x, at_x + m * x_stride + i, size, step), vload(hi, i))
-                r = at_y + m * y_stride + i if at_y >= 0 else -1
-                g = gate(g, d, y, r, a, b, i, size, step, activation, slope_)
+                    d = vsub(vtake(x, q + i, size, step), vload(hi, i))
+                g = gate(g, d, y, r + i if at_y >= 0 else -1, a, b, i, size, step, activation, slope_)
                 if res >= 0:
-                    emit(dres, res + m * res_stride + i, g, size, step, False)
+                    vput(dres, s + i, g, size, step)
                 if to >= 0:
                     v = vmul(vload(by_dz, i), g)
                     if centred:
                         v = vfma(vload(by_dz, i), g, vfma(vload(by_x, i), d, vload(constant, i)))
-                    emit(dx, to + m * dx_stride + i, v, size, step, stream)
+                    vput(dx, t + i, v, size, step)

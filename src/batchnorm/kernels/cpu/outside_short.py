@@ -35,7 +35,7 @@ from batchnorm.kernels.cpu.outside_runs import (
     sums_of_run,
 )
 from batchnorm.kernels.cpu.scalars import FLOAT64, load, pointer, real, slot_float, store
-from batchnorm.kernels.cpu.vectors import item_bytes, lanes, workspace
+from batchnorm.kernels.cpu.vectors import item_bytes, workspace
 
 SLAB = 384 * 1024
 """Bytes of a run's data in all samples: what stays in the second-level cache from one sweep to the next."""
@@ -49,7 +49,7 @@ def dense(block, operand, step):  # type: ignore[no-untyped-def]
 
 @plain
 def channels_in_run(block, threads, operands, element):  # type: ignore[no-untyped-def]
-    """How many channels a run has, where each place has `operands` values: whole vectors where that is possible."""
+    """How many channels a run has, where each place has `operands` values: whole cache lines where that is possible."""
     outer, channels, inner = block[slots.OUTER], block[slots.CHANNELS], block[slots.INNER]
     if not (
         dense(block, slots.X, slots.X_STEP)
@@ -61,9 +61,11 @@ def channels_in_run(block, threads, operands, element):  # type: ignore[no-untyp
     ):
         return 1
     slab = SLAB // (item_bytes(element) * operands * outer * inner)
-    count = min(PLACES // inner, max(slab, 256 // inner), (channels + threads - 1) // threads)
-    whole = lanes(element)
-    while whole > 1 and whole // 2 * inner % lanes(element) == 0:
+    places = PLACES if item_bytes(element) == 2 else 1024
+    count = min(places // inner, max(slab, 256 // inner), (channels + threads - 1) // threads)
+    line = 64 // item_bytes(element)
+    whole = line
+    while whole > 1 and whole // 2 * inner % line == 0:
         whole //= 2
     return max(1, count // whole * whole if count > whole else count)
 

@@ -1,16 +1,17 @@
 """Memory for large outputs: blocks of large pages, used again and again.
 
-The C library gives a large allocation back to the system when it is freed (always from 32 MiB on, often below), and maps
-the next one anew. Writing to fresh memory faults once a page, and the system clears each page first: for a large output
-that takes as long as the kernel. So an output is a lease of a block that is kept here; the block comes back when PyTorch
-frees the last tensor in it, and the next output of that size gets it. Blocks ask for pages of 2 MiB
+The C library gives a large allocation back to the system when it is freed (always from 32 MiB on, often below), and
+maps the next one anew. Writing to fresh memory faults once a page, and the system clears each page first: for a large
+output that takes as long as the kernel. So an output is a lease of a block that is kept here; the block comes back when
+PyTorch frees the last tensor in it, and the next output of that size gets it. Blocks ask for pages of 2 MiB
 (``MADV_HUGEPAGE``), which fault 512 times less often.
 
-A block that lies idle is marked as free for the taking (``MADV_FREE``): it costs the next output nothing, and the system
-takes it back as soon as memory gets short. ``BATCHNORM_IDLE_MIB`` says how much may lie idle, 1024 if it is not set; with
-0 there is no pool, and every output is an allocation of PyTorch's own. Only on Linux, where there are these two advices.
+A block that lies idle is marked as free for the taking (``MADV_FREE``): it costs the next output nothing, and the
+system takes it back as soon as memory gets short. ``BATCHNORM_IDLE_MIB`` says how much may lie idle, 1024 if it is not
+set; with 0 there is no pool, and every output is an allocation of PyTorch's own. Only on Linux, where there are these
+two advices.
 
-A tensor that lives in a block is like any other, but that its storage cannot grow (``resize_`` to more elements).
+A tensor that lives in a block is like any other, but its storage cannot grow (``resize_`` to more elements).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 8 << 20
+from batchnorm.errors import ArgumentError, expected
+
+LARGE = 4 << 20
 """Bytes from which an output comes from the pool."""
 
 PAGE = 2 << 20
@@ -55,6 +58,7 @@ class Pool:
         self.most_idle = most_idle
         self._idle: dict[int, deque[_Block]] = {}
         self._leased: dict[int, int] = {}
+        self.highest = 0  # bytes leased at any moment since it was last set
 
     def take(self, size: int) -> _Block:
         """A block of at least so many bytes, one that lay idle if there is one.
@@ -68,6 +72,7 @@ class Pool:
         except (KeyError, IndexError):
             block = _Block(pages)
         self._leased[id(block)] = pages * PAGE
+        self.highest = max(self.highest, self.leased())
         return block
 
     def give(self, block: _Block) -> None:
@@ -99,8 +104,10 @@ class Pool:
 def _find_pool() -> Pool | None:
     if not (sys.platform.startswith("linux") and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")):
         return None
-    mib = int(os.environ.get("BATCHNORM_IDLE_MIB") or 1024)
-    return Pool(mib << 20) if mib > 0 else None
+    mib = os.environ.get("BATCHNORM_IDLE_MIB") or "1024"
+    if not mib.isdecimal():
+        raise ArgumentError(expected("BATCHNORM_IDLE_MIB", "a whole number of MiB", repr(mib), "Correct or unset it."))
+    return Pool(int(mib) << 20) if int(mib) > 0 else None
 
 
 pool = _find_pool()

@@ -110,6 +110,16 @@ def _item_bytes(element: ElementType) -> int:
 
 
 @intrinsic
+def address_of(typing: Any, base: Any, index: Any) -> Any:
+    """The address of base[index]."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(builder.gep(args[0], [args[1]]), I64)
+
+    return None if _elements(base) is None else (types.int64(base, types.int64), code)
+
+
+@intrinsic
 def vload(typing: Any, base: Any, index: Any) -> Any:
     """base[index : index + LANES]."""
 
