@@ -11,6 +11,7 @@ through ``eager.differentiable`` instead, in operations that autograd knows, so 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,10 @@ from torch import Tensor
 from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.eager import Needs, Running
+
+
+NEEDS = {asked: Needs(*asked) for asked in product((False, True), repeat=4)}
+"""Made once: making a named tuple is slow beside a small kernel."""
 
 
 @dataclass(slots=True)
@@ -56,26 +61,20 @@ class BatchNormFunction(torch.autograd.Function):
                 sample_weight=sample_weight, running=call.running,
             )  # fmt: skip
         else:
+            given = call.population if call.population is not None else call.batch
+            assert given is not None
+            y = kernel.normalize(
+                x, *given, call.eps, weight, bias, residual=residual, activation=activation, mask=mask
+            )  # fmt: skip
             # Stacked, so copied: running statistics may move on before backward.
             stats = torch.stack(call.population) if call.population is not None else call.batch
-            assert stats is not None
-            y = kernel.normalize(
-                x,
-                stats[0],
-                stats[1],
-                call.eps,
-                weight,
-                bias,
-                residual=residual,
-                activation=activation,
-                mask=mask,
-            )
         ctx.call = call
-        if call.population is None and residual is None and sample_weight is None:
-            ctx.save_for_backward(x, weight, bias, stats)  # the common case
+        needs_x = _needs_input(ctx, call)
+        if residual is None and sample_weight is None and (needs_x or activation.name == "identity"):
+            ctx.save_for_backward(x if needs_x else None, weight, bias, stats)  # the common cases
             return y
-        sign_of_y = activation.sign_survives and (residual is not None or not _needs_input(ctx, call))
-        keep_x = _needs_input(ctx, call) or not (activation.name == "identity" or sign_of_y)
+        sign_of_y = activation.sign_survives and (residual is not None or not needs_x)
+        keep_x = needs_x or not (activation.name == "identity" or sign_of_y)
         keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
         ctx.save_for_backward(
             x if keep_x else None,
@@ -93,7 +92,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, weight, bias, stats, residual, sample_weight, y = _saved(ctx)
         call: Call = ctx.call
         needs_grad: tuple[bool, ...] = ctx.needs_input_grad
-        needs = Needs(*needs_grad[:4])
+        needs = NEEDS[needs_grad[:4]]
         training = call.population is None
         if torch.is_grad_enabled() or needs_grad[4]:
             return _through_graph(ctx, dy, needs)

@@ -52,8 +52,8 @@ def peak(step: Callable[[], object]) -> int:
     """Most bytes allocated by PyTorch at any moment of ``step``, beyond those allocated before.
 
     Read from the profiler's record of every allocation, which is exact and repeats; a process's resident memory is
-    neither. The profiler does not see the pool in which our large outputs live: its highest is added, which may say
-    too much (both need not be at the same moment), never too little.
+    neither. The profiler does not see the pool in which our large outputs live: what is leased there at most is
+    added, over what is leased at least, which may say too much, never too little.
 
     >>> peak(lambda: torch.ones(1000).add(1).sum()) >= 8000
     True
@@ -62,7 +62,7 @@ def peak(step: Callable[[], object]) -> int:
     pages = sys.modules.get("batchnorm.kernels.cpu.pages")
     pool = None if pages is None else pages.pool
     if pool is not None:
-        pool.highest = before = pool.leased()
+        pool.watch()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -78,7 +78,7 @@ def peak(step: Callable[[], object]) -> int:
     for *_, change in changes:
         now += change
         highest = max(highest, now)
-    return highest if pool is None else highest + pool.highest - before
+    return highest if pool is None else highest + pool.highest - pool.lowest
 
 
 @contextmanager

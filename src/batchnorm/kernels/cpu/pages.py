@@ -58,7 +58,7 @@ class Pool:
         self.most_idle = most_idle
         self._idle: dict[int, deque[_Block]] = {}
         self._leased: dict[int, int] = {}
-        self.highest = 0  # bytes leased at any moment since it was last set
+        self.highest = self.lowest = 0  # bytes leased, the most and the least since ``watch``
 
     def take(self, size: int) -> _Block:
         """A block of at least so many bytes, one that lay idle if there is one.
@@ -78,10 +78,15 @@ class Pool:
     def give(self, block: _Block) -> None:
         """Have a block back. Where too much lies idle, some goes back to the system."""
         self._leased.pop(id(block), None)
+        self.lowest = min(self.lowest, self.leased())
         block.memory.madvise(mmap.MADV_FREE)
         self._idle.setdefault(block.pages, deque()).append(block)
         while self.idle() > self.most_idle:
             self._drop()
+
+    def watch(self) -> None:
+        """From now on ``highest`` and ``lowest`` are those of what is leased."""
+        self.highest = self.lowest = self.leased()
 
     def idle(self) -> int:
         """Bytes that lie idle."""
