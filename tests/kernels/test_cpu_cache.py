@@ -28,6 +28,20 @@ def test_a_second_process_takes_kernels_from_the_cache(tmp_path: Path) -> None:
     assert (first.stderr, second.stderr) == ("", "")
 
 
+def test_counting_what_a_call_needs_compiles_nothing() -> None:
+    """It runs in each process before the first kernel is taken from the cache."""
+    code = """
+        from numba.core import event
+        from batchnorm.kernels.cpu import inside
+        with event.install_recorder("numba:compile") as compiled:
+            inside.scratch(10000, 1, 6, 4, 1)
+            outside.scratch(40, 6, 3000), outside.scratch(40, 6, 49), outside.in_phases(40, 6, 3000, 2)
+        print(len(compiled.buffer))
+    """
+    done = in_a_new_process(code)
+    assert done.stdout == "0\n", done.stderr
+
+
 @pytest.fixture
 def installed() -> Iterator[Path]:
     """A copy of the package, without compiled kernels, in a folder that every user may read."""

@@ -436,8 +436,8 @@ def test_parameters_of_half_precision_and_none_at_all() -> None:
 def test_a_cut_covers_every_row_once(channels: int) -> None:
     for rows in (1, 2, 63, 64, 1000, 1568, 100352):
         for lanes in (16, 32, 64):
-            c = cut.py_func(True, True, rows, 1, channels, lanes, 4)
+            c = cut(True, True, rows, 1, channels, lanes, 4)
             assert c.inner * c.columns + c.rest == rows * channels
             assert c.rows * (c.chunks - 1) < c.inner <= c.rows * c.chunks
             assert c.padded % lanes == 0 and c.columns <= c.padded < c.columns + lanes
-            assert fold_of.py_func(channels, lanes) >= c.fold >= 1
+            assert fold_of(channels, lanes) >= c.fold >= 1
