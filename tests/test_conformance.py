@@ -397,28 +397,43 @@ def test_a_far_mean_costs_no_digits(name: str, mean: float, layout: str) -> None
         assert (abs(to_float64(running[1]) - unbiased) <= (1e-6 + 2**-24) * unbiased).all()
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "relu": {"activation": "relu"},
+    "residual": {"activation": "relu", "residual": "full"},
+    "masked": {"activation": "relu", "places": "mask and weights"},
+    "eval": {"activation": "relu", "training": False},
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(8, 3, 57, 31), (64, 70, 7, 7), (60, 100), (9000, 65), (3, 1, 40001)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_the_same_bits_for_any_number_of_threads(
-    name: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    name: str, options: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype
 ) -> None:
-    inputs = inputs_of(Case(shape=shape, layout=layout, dtype=dtype, activation="relu", residual="full"))
+    inputs = inputs_of(Case(shape=shape, layout=layout, dtype=dtype, **OPTIONS[options]))
     skip_unless_served(load(name), inputs)
 
     def once(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        leaves = [
-            t.detach().requires_grad_()
-            for t in (inputs.x, inputs.weight, inputs.bias, inputs.residual)
-            if t is not None
-        ]
+        tensors = {key: getattr(inputs, key) for key in ("x", "weight", "bias", "residual")}
+        leaves = {key: t.detach().requires_grad_() for key, t in tensors.items() if t is not None}
         running = [inputs.running_mean.clone(), inputs.running_var.clone()]
         with use_backend(name):
             y = functional.batch_norm(
-                leaves[0], *running, leaves[1], leaves[2], True, residual=leaves[3], activation="relu"
+                leaves["x"],
+                *running,
+                leaves["weight"],
+                leaves["bias"],
+                inputs.training,
+                residual=leaves.get("residual"),
+                activation=None if inputs.activation.name == "identity" else inputs.activation.name,
+                mask=inputs.mask,
+                sample_weight=inputs.sample_weight,
             )
-            return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy), *running]
+            return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), inputs.dy), *running]
 
     alone = once(1)
     for threads in (1, 2, 3):

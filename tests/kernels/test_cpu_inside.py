@@ -248,6 +248,26 @@ def test_masks_and_weights(
         assert torch.equal(dx, got["dx"])
 
 
+@pytest.mark.parametrize("channels", [3, 70])
+def test_rows_of_different_weights_are_added_up_in_short_chains(channels: int) -> None:
+    """Equal terms are rounded alike, all in one direction: as one chain, the 1000 rows of a chunk would be far off."""
+    rows = 20000
+    weights = 1.0 + torch.arange(rows).double() % 2
+    signs = torch.arange(rows) // 2 % 2 * 2.0 - 1.0
+    x = (torch.full((rows, channels), 1.1) * signs[:, None]).contiguous()
+    case = Case((rows, channels), torch.float32, x=x, training=False)
+    case.operands["sample_weight"] = weights
+    stats = torch.empty(3, channels, dtype=torch.float64)
+    case.run("MOMENTS", stats=stats)
+    expected = reference.mini_batch_statistics(to_float64(x), sample_weight=weights.numpy())
+    assert_close(stats[2] / stats[0], expected.var, dtype="float32", quantity="var")
+
+    dy, sums = torch.full_like(x, 0.1), torch.empty(2, channels, dtype=torch.float64)
+    case.run("BACKWARD_SUMS", dy=dy, sums=sums, **case.given)
+    total = to_float64(dy).sum(0)
+    assert_close(sums[0].float(), total, dtype="float32", quantity="dbias", scale=total)
+
+
 def test_the_moments_of_nothing() -> None:
     case = Case((300, 70), torch.float32)
     case.operands["mask"] = torch.zeros(300, dtype=torch.uint8)
@@ -331,10 +351,11 @@ def test_nan_and_infinity_in_evaluation_are_those_of_torch(activation: str) -> N
     torch.testing.assert_close(got["dbias"], bias.grad, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5000, 70), (20000, 6)])
-def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    case = Case(shape, dtype, activation="relu", residual=True)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, int], masked: bool) -> None:
+    case = Case(shape, dtype, activation="relu", residual=True, mask=masked, sample_weight=masked)
     ways = [{}, {"threads": 2}, {"threads": 3}, {"threads": 2, "split": True}, {"split": True}]
     results = [(*case.run_forward(**way), *case.run_backward(**way).values()) for way in ways]
     for other in results[1:]:
@@ -415,8 +436,8 @@ def test_parameters_of_half_precision_and_none_at_all() -> None:
 def test_a_cut_covers_every_row_once(channels: int) -> None:
     for rows in (1, 2, 63, 64, 1000, 1568, 100352):
         for lanes in (16, 32, 64):
-            c = cut.py_func(True, True, rows, 1, channels, lanes, 4)
+            c = cut(True, True, rows, 1, channels, lanes, 4)
             assert c.inner * c.columns + c.rest == rows * channels
             assert c.rows * (c.chunks - 1) < c.inner <= c.rows * c.chunks
             assert c.padded % lanes == 0 and c.columns <= c.padded < c.columns + lanes
-            assert fold_of.py_func(channels, lanes) >= c.fold >= 1
+            assert fold_of(channels, lanes) >= c.fold >= 1

@@ -1,40 +1,40 @@
-"""How kernels are compiled, kept and run: thread counts, forks, Python threads, caches that cannot be written."""
+"""How kernels are run: thread counts, forks, Python threads."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import textwrap
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from batchnorm.kernels.cpu import outside, threads
+from batchnorm.functional import batch_norm
+from batchnorm.kernels import use_backend
+from batchnorm.kernels.cpu import outside, plan, threads
+from conformance import arrange
 from kernels.cpu_call import outside_forward, pack
+from kernels.cpu_process import in_a_new_process
+
+FAMILIES = ["contiguous", "channels_last"]
 
 
-def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code after a small kernel was defined as `measure()`."""
-    program = """
-        import sys
-        sys.path.insert(0, {tests!r})
-        import torch
-        from kernels.cpu_call import call, outside_forward, pack
-        from batchnorm.kernels.cpu import outside, threads
+def tensors_of(shape: tuple[int, ...], family: str) -> list[torch.Tensor]:
+    """x, a residual and dy, (N, C, H, W), in the layout of one of the families."""
+    return [arrange(torch.randn(shape), family) for _ in range(3)]
 
-        def measure(outer=4, inner=300):
-            x = torch.arange(3.0 * outer * inner).reshape(outer, 3, inner) % 7
-            moments = torch.empty(3, 3, dtype=torch.float64)
-            call(outside.family(outer, inner), "MOMENTS", x, stats=moments)
-            assert torch.allclose(moments[1], x.double().mean((0, 2))), "wrong result"
-    """
-    source = textwrap.dedent(program.format(tests=str(Path(__file__).parents[1]))) + textwrap.dedent(code)
-    variables = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=variables, timeout=100)
+
+def step(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Forward and backward."""
+    x, residual, dy = tensors
+    x.requires_grad_(), residual.requires_grad_()
+    with use_backend("cpu"):
+        y = batch_norm(x, None, None, training=True, residual=residual, activation="relu")
+        return [y.detach(), *torch.autograd.grad(y, [x, residual], dy)]
 
 
 def test_small_tensors_run_alone() -> None:
@@ -51,6 +51,23 @@ def test_explain_names_the_pool() -> None:
         "PyTorch's OpenMP pool" if threads.openmp() else "a pool of Python threads (PyTorch has no OpenMP pool to call)"
     )
     assert threads.explain() == f"{pool}, 2 thread(s); one below {threads.ALONE_BELOW} elements"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_number_of_threads_is_torchs_at_each_call(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def launch(kernel: Any, block: bytes, count: int) -> None:
+        asked.append(count)
+        threads.launch(kernel, block, count)
+
+    monkeypatch.setattr(plan, "launch", launch)
+    tensors = tensors_of((4, 3, 80, 80), family)
+    for count in (1, 2, 3, 1):
+        torch.set_num_threads(count)
+        asked.clear()
+        step(tensors)
+        assert set(asked) == {count}
 
 
 def test_without_openmp_python_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +105,77 @@ def test_several_python_threads_at_once() -> None:
         assert all(pool.map(work, range(8)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_in_several_python_threads_at_once_give_the_same_bits(family: str) -> None:
+    torch.set_num_threads(2)
+    tensors = [tensors_of((4, 3 + i, 70, 70), family) for i in range(6)]
+    expected = [step(given) for given in tensors]
+
+    def work(i: int) -> bool:
+        torch.set_num_threads(2)  # OpenMP keeps this number for each thread
+        steps = [step(tensors[i]) for _ in range(10)]
+        return all(torch.equal(a, b) for got in steps for a, b in zip(got, expected[i], strict=True))
+
+    with ThreadPoolExecutor(len(tensors)) as pool:
+        assert all(pool.map(work, range(len(tensors))))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_interpreter_is_free_while_a_kernel_runs(count: int) -> None:
+    """With a switch interval without end, nobody else runs unless the thread of the kernel lets go."""
+    x = torch.randn(16, 8, 90000)
+    stats = torch.empty(3, 8, dtype=torch.float64)
+    kernel, block = outside.family(16, 90000).MOMENTS["float32"], pack(x, threads=count, stats=stats)
+    threads.launch(kernel, block, count)
+    counted, stop, interval = 0, False, sys.getswitchinterval()
+
+    def tick() -> None:
+        nonlocal counted
+        while not stop:
+            counted += 1
+            time.sleep(0)  # lets go of the interpreter
+
+    other = threading.Thread(target=tick, daemon=True)
+    try:
+        sys.setswitchinterval(1000.0)
+        other.start()
+        for _ in range(100):
+            before = counted
+            threads.launch(kernel, block, count)
+            if counted > before:
+                break
+        else:
+            pytest.fail("no other thread came to run during 100 launches")
+    finally:
+        stop = True
+        sys.setswitchinterval(interval)
+        other.join(60)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forked_child_takes_a_step_after_its_parent_used_the_pool(family: str) -> None:
+    """PyTorch's own parallel loops hang in such a child, so all that it needs from torch is made before."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    code = f"""
+        import os, signal
+        from kernels.test_cpu_threads import step, tensors_of
+        torch.set_num_threads(2)
+        tensors = tensors_of((4, 3, 80, 80), {family!r})
+        expected = [t.numpy().tobytes() for t in step(tensors)]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            got = [t.numpy().tobytes() for t in step(tensors)]
+            print(threads.threads_for(1 << 30), got == expected, flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print("child", status, "parent", threads.threads_for(1 << 30))
+    """
+    done = in_a_new_process(code)
+    assert done.stdout == "1 True\nchild 0 parent 2\n", done.stderr
+
+
 def test_a_forked_child_runs_on_one_thread() -> None:
     """PyTorch's own parallel loops hang in such a child, so all that it needs from torch is made before."""
     if not hasattr(os, "fork"):
@@ -113,49 +201,6 @@ def test_a_forked_child_runs_on_one_thread() -> None:
     done = in_a_new_process(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "one thread (this process is a forked child) 1 True\nchild 0 parent 2\n"
-
-
-def test_a_second_process_takes_kernels_from_the_cache(tmp_path: Path) -> None:
-    code = """
-        kernel = outside.family(4, 300).MOMENTS["float32"]
-        assert repr(kernel).endswith("not compiled>")
-        measure()
-        print(kernel._compiled.cache_hits)
-    """
-    first, second = (in_a_new_process(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
-    assert (first.stdout, second.stdout) == ("0\n", "1\n"), first.stderr + second.stderr
-
-
-def test_without_a_cache_folder_kernels_work_and_one_warning_says_so(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    code = """
-        import warnings
-        from numba.core import caching
-        caching.CacheImpl._locator_classes = [caching.UserProvidedCacheLocator]  # no other folder to go to
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            measure()
-            measure(20)
-        print([str(w.message) for w in caught])
-    """
-    done = in_a_new_process(code, NUMBA_CACHE_DIR=str(blocked))
-    message = (
-        "batchnorm: no folder for compiled kernels can be written, so each process compiles them anew. "
-        "Set NUMBA_CACHE_DIR to a folder that can be."
-    )
-    assert done.stdout == f"[{message!r}]\n", done.stderr
-
-
-def test_kernels_of_one_file_change_when_another_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digest of all sources is in the key of the cache."""
-    from batchnorm.kernels.cpu import compiling
-
-    kernel = outside.family(4, 5000).FORWARD["float32"]
-    before = [cell.cell_contents for cell in compiling._entry("name", kernel._body, kernel.element).__closure__ or ()]
-    monkeypatch.setattr(compiling, "_digest", lambda: "another")
-    after = [cell.cell_contents for cell in compiling._entry("name", kernel._body, kernel.element).__closure__ or ()]
-    assert before != after
 
 
 def test_every_python_thread_and_any_torch_setting_gives_the_same() -> None:

@@ -22,7 +22,6 @@ from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.eager import Needs, Running
 
-
 NEEDS = {asked: Needs(*asked) for asked in product((False, True), repeat=4)}
 """Made once: making a named tuple is slow beside a small kernel."""
 

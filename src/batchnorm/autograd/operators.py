@@ -97,6 +97,9 @@ def backward(
         sample_weight=sample_weight, needs=Needs(*needs),
     )  # fmt: skip
     dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    if needs[3] and _is_dy(activation, mask):
+        # An operator must not give back what it was given.
+        dresidual = layout.of(x).empty(x).copy_(dresidual)
     return dx, dweight, dbias, dresidual
 
 
@@ -138,14 +141,15 @@ def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     )
     ctx.options = options
     ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
+    ctx.residual_is_dy = _is_dy(activation.name, mask)
 
 
 def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, y, mask, sample_weight, stats = ctx.saved_tensors
     if sample_weight is not None and sample_weight.requires_grad:
         raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")
-    grads = backward(dy, x, stats, weight, bias, residual, y, mask, sample_weight, *ctx.options, True, list(ctx.needs))
-    return (*_kept(grads, ctx.needs), None, None, None, None, None)
+    grads = _gradients(ctx, dy, x, stats, weight, bias, residual, y, mask, sample_weight, training=True)
+    return (*grads, None, None, None, None, None)
 
 
 def _save_infer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -161,14 +165,14 @@ def _save_infer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     )  # fmt: skip
     ctx.options = options
     ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
+    ctx.residual_is_dy = _is_dy(activation.name, mask)
 
 
 def _differentiate_infer(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, y, mask, stats = ctx.saved_tensors
     # Frozen: the gradient looks at dy and at the sign of y, never at the values of x.
     x = dy if x is None else x
-    grads = backward(dy, x, stats, weight, bias, residual, y, mask, None, *ctx.options, False, list(ctx.needs))
-    dx, dweight, dbias, dresidual = _kept(grads, ctx.needs)
+    dx, dweight, dbias, dresidual = _gradients(ctx, dy, x, stats, weight, bias, residual, y, mask, None, training=False)
     return (dx, None, None, dweight, dbias, dresidual, None, None, None, None)
 
 
@@ -180,5 +184,17 @@ def _asks(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-def _kept(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+def _is_dy(activation: str, mask: Tensor | None) -> bool:
+    """Whether the residual's gradient is dy as it stands."""
+    return activation == "identity" and mask is None
+
+
+def _gradients(ctx: Any, dy: Tensor, *given: Tensor | None, training: bool) -> list[Tensor | None]:
+    """dx, dweight, dbias and the residual's gradient, each None where not needed."""
+    needs = list(ctx.needs)
+    if ctx.residual_is_dy:
+        needs[3] = False  # the operator would have to copy it
+    grads = [g if n else None for g, n in zip(backward(dy, *given, *ctx.options, training, needs), needs, strict=True)]
+    if ctx.needs[3] and ctx.residual_is_dy:
+        grads[3] = dy
+    return grads

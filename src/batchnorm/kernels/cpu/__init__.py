@@ -52,17 +52,9 @@ def supports(
     if activation.negative_slope < 0:
         return "leaky_relu with a negative slope changes the sign that backward looks at"
     if mask is not None or sample_weight is not None:
-        return _serves_positions(x, mask, sample_weight)
-    return None
-
-
-def _serves_positions(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> str | None:
-    for name, t in (("mask", mask), ("sample_weight", sample_weight)):
-        if t is not None and t.shape[1] != 1 and x.shape[1] != 1:
-            return f"a {name} of each channel's own"
-    if plan.channels_lie_inside(x):
-        # Long float32 sums of terms of one sign there are not yet within the tolerances with weights.
-        return "masks and weights with the channels side by side in memory take the plain kernel"
+        for name, t in (("mask", mask), ("sample_weight", sample_weight)):
+            if t is not None and t.shape[1] != 1 and x.shape[1] != 1:
+                return f"a {name} of each channel's own"
     return None
 
 

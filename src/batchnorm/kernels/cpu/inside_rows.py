@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from batchnorm.kernels.cpu import block as slots
+from batchnorm.kernels.cpu.channel import counting
 from batchnorm.kernels.cpu.inside_wide import byte_at, item_bytes, moved, plain, wide, wide_lanes
 from batchnorm.kernels.cpu.scalars import FLOAT64, load, pointer
 
@@ -55,7 +56,7 @@ class Rows(NamedTuple):
     step: int  # elements from one row to the next
 
 
-@plain
+@counting
 def fold_of(channels, lanes):  # type: ignore[no-untyped-def]
     """How many rows to see as one, so that most lanes of the wide vectors are in use."""
     if channels == 0 or channels >= 0.6 * lanes * ((channels + lanes - 1) // lanes):
@@ -72,7 +73,7 @@ def fold_of(channels, lanes):  # type: ignore[no-untyped-def]
     return 1
 
 
-@plain
+@counting
 def cut(merged, gapless, outer, inner, channels, lanes, item_bytes):  # type: ignore[no-untyped-def]
     """The cut of (outer, inner) rows of so many channels."""
     if merged:
@@ -224,7 +225,7 @@ def scratch(outer: int, inner: int, channels: int, real_bytes: int, threads: int
     if outer > 1 and inner > 1:
         cuts.append((False, False))
     for merged, gapless in cuts:
-        c = cut.py_func(merged, gapless, outer, inner, channels, lanes, real_bytes)
+        c = cut(merged, gapless, outer, inner, channels, lanes, real_bytes)
         partials = 2 * COEFFICIENTS * c.padded + c.chunks * (2 * c.padded + PAD)
         most = max(most, partials + threads * (5 * c.padded + PAD))
     return most

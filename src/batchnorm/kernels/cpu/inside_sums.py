@@ -3,8 +3,9 @@
 Forward: sums of x - shift and of its square, about a shift per channel that is the mean of a few rows spread
 over the tensor, so that the second sum keeps its digits. Backward: sums of dz and of dz * (x - hi).
 
-Rows are added up in groups of 16, the up to 64 groups of a chunk one after the other, both in the computing type;
-sums of chunks are float64. In so short chains rounding errors come to about 1e-7 of the sum.
+Rows are added up in groups of 16, the groups one after the other, both in the computing type; after some 64 groups
+the running sums are added to those of the chunk, which are float64. In so short chains rounding errors come to about
+1e-7 of the sum. Where rows differ in weight, a group is as short as a single row, and a chunk is several chains.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from batchnorm.kernels.cpu.inside_wide import (
     plain,
     prefetch,
     wide,
+    wide_add_float64,
     wide_as_stored,
     wide_finite,
     wide_keep_unless_negative,
@@ -31,6 +33,7 @@ from batchnorm.kernels.cpu.vectors import vadd, vfirst, vfma, vmul, vsub
 
 SAMPLES = 8  # rows whose mean is the shift
 GROUP = 16  # rows whose sum is rounded apart
+CHAIN = 64  # groups after which the running sums go to float64 (or a tile's more)
 
 
 @inlined
@@ -93,13 +96,33 @@ def clear_sums(c, sums, element):  # type: ignore[no-untyped-def]
 
 
 @plain
-def keep_sums(c, sums, partial, count, element):  # type: ignore[no-untyped-def]
-    """Write the sums of a chunk, and the weight of all its rows."""
+def keep_sums(c, sums, partial, kept, element):  # type: ignore[no-untyped-def]
+    """Write the running sums to those of the chunk; ``kept``: add them to what was written before."""
     w = wide(element)
     for j in range(0, c.padded, w):
-        wide_store_float64(partial, j, wide_load(sums, 3 * j + w, None))
-        wide_store_float64(partial, c.padded + j, wide_load(sums, 3 * j + 2 * w, None))
-    store(partial, 2 * c.padded, count)
+        one, two = wide_load(sums, 3 * j + w, None), wide_load(sums, 3 * j + 2 * w, None)
+        if kept:
+            wide_add_float64(partial, j, one)
+            wide_add_float64(partial, c.padded + j, two)
+        else:
+            wide_store_float64(partial, j, one)
+            wide_store_float64(partial, c.padded + j, two)
+
+
+@plain
+def new_chain(c, sums, partial, groups, kept, element):  # type: ignore[no-untyped-def]
+    """(groups in the running sums, whether any were kept): where they are too many they are kept, and none are left."""
+    if groups < CHAIN:
+        return groups, kept
+    keep_sums(c, sums, partial, kept, element)
+    clear_sums(c, sums, element)
+    return 0, True
+
+
+@plain
+def groups_in(rows):  # type: ignore[no-untyped-def]
+    """How many additions to the running sums so many rows make."""
+    return (rows + GROUP - 1) // GROUP
 
 
 @inlined
@@ -141,15 +164,18 @@ def moments_chunk(block, c, chunk, sums, partial, element):  # type: ignore[no-u
     rows, rest = rows_in(c, chunk)
     channels, count = block[slots.CHANNELS], 0.0
     clear_sums(c, sums, element)
-    r = 0
+    r, groups, kept = 0, 0, False
     while r < rows + min(rest, 1):
         here, columns, weight = piece(block, c, chunk, r, rows)
         if weight > 0.0:
+            groups, kept = new_chain(c, sums, partial, groups, kept, element)
             scale = wide_splat(element, weight)
             _moments_tile(below(x, r), here, c.ahead, columns, scale, sums, element)
             count += here * (columns // channels) * weight
+            groups += groups_in(here)
         r += here
-    keep_sums(c, sums, partial, count, element)
+    keep_sums(c, sums, partial, kept, element)
+    store(partial, 2 * c.padded, count)
 
 
 @inlined
@@ -217,14 +243,17 @@ def gradient_chunk(block, c, chunk, coefficients, sums, partial, element):  # ty
     rows, rest = rows_in(c, chunk)
     channels, count = block[slots.CHANNELS], 0.0
     clear_sums(c, sums, element)
-    r = 0
+    r, groups, kept = 0, 0, False
     while r < rows + min(rest, 1):
         here, columns, weight = piece(block, c, chunk, r, rows)
         if weight != ABSENT:
+            groups, kept = new_chain(c, sums, partial, groups, kept, element)
             _gradient_tile(
                 below(dy, r), below(x, r), below(y, r), from_y, here, c.ahead, columns, coefficients, sums,
                 activation, slope, element,
             )  # fmt: skip
             count += here * (columns // channels) * weight
+            groups += groups_in(here)
         r += here
-    keep_sums(c, sums, partial, count, element)
+    keep_sums(c, sums, partial, kept, element)
+    store(partial, 2 * c.padded, count)

@@ -166,16 +166,37 @@ def wide_store_float64(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = signature.args[2]
-        doubles = ir.VectorType(ir.DoubleType(), vector.lanes)
         place = _place(builder, signature.args[0].dtype, args[0], args[1], vector.lanes)
-        same = vector.real is types.float64
-        builder.store(args[2] if same else builder.fpext(args[2], doubles), place, align=8)
+        builder.store(_as_float64(builder, vector, args[2]), place, align=8)
         return context.get_dummy_value()
 
     element = _elements(base)
     if element is None or element.element != "float64":
         return None
     return types.void(base, types.int64, value), code
+
+
+@intrinsic
+def wide_add_float64(typing: Any, base: Any, index: Any, value: Any) -> Any:
+    """base[index : index + lanes] += value, in float64."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = signature.args[2]
+        place = _place(builder, signature.args[0].dtype, args[0], args[1], vector.lanes)
+        total = builder.fadd(builder.load(place, align=8), _as_float64(builder, vector, args[2]))
+        builder.store(total, place, align=8)
+        return context.get_dummy_value()
+
+    element = _elements(base)
+    if element is None or element.element != "float64":
+        return None
+    return types.void(base, types.int64, value), code
+
+
+def _as_float64(builder: Any, vector: Wide, value: Any) -> Any:
+    if vector.real is types.float64:
+        return value
+    return builder.fpext(value, ir.VectorType(ir.DoubleType(), vector.lanes))
 
 
 @intrinsic

@@ -199,11 +199,6 @@ def _steps(seen: layout.Layout, t: Tensor, by_channel: bool) -> tuple[int, int] 
     return (outer, 0) if channel == 1 else None
 
 
-def channels_lie_inside(x: Tensor) -> bool:
-    """Whether the channels of each position lie side by side, so that the channel-inside kernels serve."""
-    return _product(x.shape, layout.of(x).inner) == 1
-
-
 def compile_all(dtype: torch.dtype, masked: bool) -> int:
     """Compile, or load from the cache, every kernel for this dtype; how many there are."""
     families = [inside, outside_long, outside_short] + [outside_masked] * masked
