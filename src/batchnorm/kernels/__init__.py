@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BackendError, DtypeError, expected
 from batchnorm.kernels import eager
@@ -124,20 +125,27 @@ def use_backend(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
-def warmup(dtypes: Sequence[torch.dtype] = (torch.float32,), *, masks: bool = False) -> int:
+def warmup(what: nn.Module | Sequence[torch.dtype] = (torch.float32,), *, masks: bool = False) -> int:
     """Compile the CPU kernels ahead of time, or load them from the cache on disk, and return how many.
 
     Without it each kernel is compiled at its first use. The machine code is kept on disk (beside the package, in the
     user's cache folder, or in ``NUMBA_CACHE_DIR``), so this is worth doing once, where a model is installed.
 
     Arguments:
-        dtypes: of the inputs, among float32, float64, bfloat16 and float16
+        what: a model, for what its batch normalization layers need with inputs of their own dtype; or the dtypes
+            of the inputs, among float32, float64, bfloat16 and float16 (under autocast inputs have another dtype than
+            parameters)
         masks: also the kernels for masks and sample weights
 
     Raises:
         DtypeError: there are no kernels for a dtype
         BackendError: the CPU kernels cannot be imported
+
+    >>> import batchnorm as bn
+    >>> warmup(torch.nn.Sequential(torch.nn.Linear(2, 3), bn.BatchNorm1d(3).double()))  # doctest: +SKIP
+    19
     """
+    dtypes = _dtypes_in(what) if isinstance(what, nn.Module) else what
     cpu = _load("cpu")
     if isinstance(cpu, str):
         todo = "Install it, or go on without: the plain PyTorch kernel needs no warming up."
@@ -147,6 +155,12 @@ def warmup(dtypes: Sequence[torch.dtype] = (torch.float32,), *, masks: bool = Fa
         if dtype not in known:
             raise DtypeError(expected("warmup", f"dtypes among {known}", dtype, "Leave it away."))
     return sum(cpu.plan.compile_all(dtype, masks) for dtype in dtypes)
+
+
+def _dtypes_in(model: nn.Module) -> list[torch.dtype]:
+    """The dtypes of the parameters of its batch normalization layers; float32 of those that have none."""
+    layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return list(dict.fromkeys(torch.float32 if p.weight is None else p.weight.dtype for p in layers))
 
 
 def _reasons(
