@@ -343,5 +343,7 @@ def _statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_place(running: Running) -> bool:
     """Whether the kernels can update these running statistics themselves."""
-    mean, var = running.mean, running.var
+    mean, var, batches = running.mean, running.var, running.batches
+    if batches is not None and (batches.dtype != torch.int64 or not batches.is_cpu):
+        return False
     return mean.dtype == var.dtype and mean.is_contiguous() and var.is_contiguous() and mean.dtype in plan.CODES
