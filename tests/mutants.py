@@ -26,6 +26,7 @@ LAYER = "src/batchnorm/nn/batchnorm.py"
 RUNNING = "src/batchnorm/nn/running.py"
 LINEAR = "src/batchnorm/nn/linear.py"
 RECALIBRATE = "src/batchnorm/lifecycle/recalibrate.py"
+PAGES = "src/batchnorm/kernels/cpu/pages.py"
 
 # Quick, and without compiling: what is broken above the kernels shows with the eager one as well.
 ON_EAGER = "--backend=eager"
@@ -36,6 +37,7 @@ OF_FUNCTIONAL = (ON_EAGER, "tests/test_functional.py")
 OF_LAYERS = (ON_EAGER, "tests/nn/test_drop_in.py")
 OF_REFUSALS = (ON_EAGER, "tests/nn/test_refusals.py")
 OF_LINEAR = (ON_EAGER, "tests/nn/test_linear.py")
+OF_PAGES = ("tests/kernels/test_cpu_pages.py",)
 OF_RECALIBRATION = (ON_EAGER, "tests/lifecycle/test_recalibrate.py")
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -219,8 +221,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "layer: too_few is not looked at",
         LAYER,
-        "few = input.numel() <= input.shape[1]",
-        "few = False",
+        "input.numel() <= input.shape[1] and mean is not None",
+        "False and mean is not None",
         OF_REFUSALS,
     ),
     Mutant(
@@ -292,6 +294,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "        model.eval()\n",
         "        model.train()\n",
         OF_RECALIBRATION,
+    ),
+    Mutant(
+        "quick look: at the dtypes of parameters, not at how many there are",
+        FUNCTIONAL,
+        "if t.numel() != channels or t.device",
+        "if t.device",
+        OF_REFUSALS,
+    ),
+    Mutant(
+        "running update: the counter stays behind",
+        EAGER,
+        "running.batches.add_(1)",
+        "running.batches.add_(0)",
+        OF_LAYERS,
+    ),
+    Mutant(
+        "pool: a block goes to two tensors",
+        PAGES,
+        "block = self._idle[pages].pop()",
+        "block = self._idle[pages][-1]",
+        OF_PAGES,
     ),
 )
 
