@@ -41,6 +41,12 @@ def inlined(function: Any) -> Any:
     return njit(error_model="numpy", forceinline=True)(function)
 
 
+def pasted(function: Any) -> Any:
+    """Copied by Numba into its callers. LLVM optimizes a function anew in each caller of a caller, so fewer levels
+    compile in less time; for functions that are called in one place, as the bodies of kernels are."""
+    return njit(error_model="numpy", forceinline=False, inline="always")(function)
+
+
 def counting(function: Any) -> Any:
     """For arithmetic on sizes: callable in kernels, and plain Python outside."""
     return register_jitable(error_model="numpy")(function)

@@ -34,6 +34,9 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 EXACT = {"contract", "nsz"}
 """What the normalizing loops may use: (x - hi) - lo must not become x - (hi + lo)."""
 
+OPTIONS = {"nopython": True, "error_model": "numpy"}
+"""Of a kernel's entry, and so of the body that is pasted into it: dividing by 0 is no Python error."""
+
 _direct = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _lock = threading.Lock()
 _warned = False
@@ -98,7 +101,7 @@ def _entry(name: str, function: Any, kind: Element) -> Callable[..., None]:
 def _compile(entry: Callable[..., None]) -> Any:
     signature = types.void(types.CPointer(types.int64))
     try:
-        return numba.cfunc(signature, nopython=True, cache=True)(entry)
+        return numba.cfunc(signature, cache=True, **OPTIONS)(entry)
     except (OSError, RuntimeError) as reason:
         if isinstance(reason, RuntimeError) and "cannot cache function" not in str(reason):
             raise
@@ -110,7 +113,7 @@ def _compile(entry: Callable[..., None]) -> Any:
             "Set NUMBA_CACHE_DIR to a folder that can be.",
             stacklevel=2,
         )
-    return numba.cfunc(signature, nopython=True)(entry)
+    return numba.cfunc(signature, **OPTIONS)(entry)
 
 
 @lru_cache(maxsize=1)

@@ -40,12 +40,6 @@ def inlined(function: Any) -> Any:
     return njit(error_model="numpy", forceinline=True)(function)
 
 
-def pasted(function: Any) -> Any:
-    """Copied by Numba into its callers. LLVM optimizes a function anew in each caller of a caller, so fewer levels
-    compile in less time; for functions that are called in one place."""
-    return njit(error_model="numpy", forceinline=False, inline="always")(function)
-
-
 CACHE_LINE = 64
 
 
