@@ -25,7 +25,7 @@ import numba
 from numba import int64, types
 
 from batchnorm.kernels.cpu.block import THREAD, THREADS
-from batchnorm.kernels.cpu.scalars import ELEMENTS, Element
+from batchnorm.kernels.cpu.scalars import ELEMENTS, INTERNAL, Element
 from batchnorm.kernels.cpu.threads import openmp
 
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -138,7 +138,7 @@ _thread_num = types.ExternalFunction("batchnorm_omp_get_thread_num", types.int32
 _num_threads = types.ExternalFunction("batchnorm_omp_get_num_threads", types.int32())
 
 
-@numba.njit
+@numba.njit(**INTERNAL)
 def my_share(block):  # type: ignore[no-untyped-def]
     """(which thread this is, of how many): see slots THREAD and THREADS."""
     if block[THREADS] == 1:
