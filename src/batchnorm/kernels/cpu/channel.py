@@ -17,6 +17,7 @@ from numba.extending import register_jitable
 from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.scalars import (
     FLOAT64,
+    INTERNAL,
     increment,
     load_channel,
     pointer,
@@ -33,12 +34,18 @@ def plain(function: Any) -> Any:
 
     No fast-math flag: a * b + c contracted in one kernel and not in another would give other bits.
     """
-    return njit(error_model="numpy")(function)
+    return njit(error_model="numpy", **INTERNAL)(function)
 
 
 def inlined(function: Any) -> Any:
     """Like plain, and always inlined."""
-    return njit(error_model="numpy", forceinline=True)(function)
+    return njit(error_model="numpy", forceinline=True, **INTERNAL)(function)
+
+
+def pasted(function: Any) -> Any:
+    """Copied by Numba into its callers. LLVM optimizes a function anew in each caller of a caller, so fewer levels
+    compile in less time; for functions that are called in one place, as the bodies of kernels are."""
+    return njit(error_model="numpy", forceinline=False, inline="always", **INTERNAL)(function)
 
 
 def counting(function: Any) -> Any:

@@ -25,7 +25,7 @@ import numba
 from numba import int64, types
 
 from batchnorm.kernels.cpu.block import THREAD, THREADS
-from batchnorm.kernels.cpu.scalars import ELEMENTS, Element
+from batchnorm.kernels.cpu.scalars import ELEMENTS, INTERNAL, Element
 from batchnorm.kernels.cpu.threads import openmp
 
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -33,6 +33,9 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 EXACT = {"contract", "nsz"}
 """What the normalizing loops may use: (x - hi) - lo must not become x - (hi + lo)."""
+
+OPTIONS = {"nopython": True, "error_model": "numpy"}
+"""Of a kernel's entry, and so of the body that is pasted into it: dividing by 0 is no Python error."""
 
 _direct = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _lock = threading.Lock()
@@ -98,7 +101,7 @@ def _entry(name: str, function: Any, kind: Element) -> Callable[..., None]:
 def _compile(entry: Callable[..., None]) -> Any:
     signature = types.void(types.CPointer(types.int64))
     try:
-        return numba.cfunc(signature, nopython=True, cache=True)(entry)
+        return numba.cfunc(signature, cache=True, **OPTIONS)(entry)
     except (OSError, RuntimeError) as reason:
         if isinstance(reason, RuntimeError) and "cannot cache function" not in str(reason):
             raise
@@ -110,7 +113,7 @@ def _compile(entry: Callable[..., None]) -> Any:
             "Set NUMBA_CACHE_DIR to a folder that can be.",
             stacklevel=2,
         )
-    return numba.cfunc(signature, nopython=True)(entry)
+    return numba.cfunc(signature, **OPTIONS)(entry)
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +138,7 @@ _thread_num = types.ExternalFunction("batchnorm_omp_get_thread_num", types.int32
 _num_threads = types.ExternalFunction("batchnorm_omp_get_num_threads", types.int32())
 
 
-@numba.njit
+@numba.njit(**INTERNAL)
 def my_share(block):  # type: ignore[no-untyped-def]
     """(which thread this is, of how many): see slots THREAD and THREADS."""
     if block[THREADS] == 1:

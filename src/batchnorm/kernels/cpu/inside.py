@@ -16,6 +16,7 @@ import llvmlite.binding as llvm
 from numba import types
 
 from batchnorm.kernels.cpu import block as slots
+from batchnorm.kernels.cpu.channel import pasted
 from batchnorm.kernels.cpu.compiling import kernels, my_share
 from batchnorm.kernels.cpu.inside_channels import (
     add_up,
@@ -44,7 +45,6 @@ from batchnorm.kernels.cpu.inside_rows import (
 from batchnorm.kernels.cpu.inside_sums import find_shift, gradient_chunk, moments_chunk
 from batchnorm.kernels.cpu.inside_wide import (
     fence,
-    pasted,
     plain,
     real_pointer,
     wide,

@@ -72,7 +72,7 @@ def write_channels(address, code, j, value, count):  # type: ignore[no-untyped-d
 
 @plain
 def inverse(count):  # type: ignore[no-untyped-def]
-    """1 / count, infinite for 0. (Not written out below: in what is pasted into a kernel, 1 / 0 is Python's error.)"""
+    """1 / count, infinite for 0."""
     return 1.0 / count
 
 

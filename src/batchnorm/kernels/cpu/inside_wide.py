@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from batchnorm.kernels.cpu.scalars import I32, I64, ElementType, narrow, widen
+from batchnorm.kernels.cpu.scalars import I32, I64, INTERNAL, ElementType, narrow, widen
 from batchnorm.kernels.cpu.vectors import (
     VECTOR_BYTES,
     Vector,
@@ -32,18 +32,12 @@ REGISTERS = 4
 
 def plain(function: Any) -> Any:
     """Compile for use in kernels. Numba hands "always inline" down to callees unless they say no; these do."""
-    return njit(error_model="numpy", forceinline=False)(function)
+    return njit(error_model="numpy", forceinline=False, **INTERNAL)(function)
 
 
 def inlined(function: Any) -> Any:
     """Like plain, and always inlined by LLVM."""
-    return njit(error_model="numpy", forceinline=True)(function)
-
-
-def pasted(function: Any) -> Any:
-    """Copied by Numba into its callers. LLVM optimizes a function anew in each caller of a caller, so fewer levels
-    compile in less time; for functions that are called in one place."""
-    return njit(error_model="numpy", forceinline=False, inline="always")(function)
+    return njit(error_model="numpy", forceinline=True, **INTERNAL)(function)
 
 
 CACHE_LINE = 64

@@ -31,6 +31,7 @@ from batchnorm.kernels.cpu.channel import (
     finish_sums,
     gradient_coefficients,
     merge,
+    pasted,
     plain,
     read_statistics,
     write_moments,
@@ -223,7 +224,7 @@ def gradient_chunk(block, channel, chunk, hi, a, b, by_dz, by_x, constant, centr
         )
 
 
-@plain
+@pasted
 def _forward(block, element):  # type: ignore[no-untyped-def]
     if block[slots.PHASE] == 1:
         measure_chunks(block, element)
@@ -240,7 +241,7 @@ def _forward(block, element):  # type: ignore[no-untyped-def]
                 normalize_chunk(block, channel, chunk, hi, a, b, element)
 
 
-@plain
+@pasted
 def _moments(block, element):  # type: ignore[no-untyped-def]
     if block[slots.PHASE] == 1:
         measure_chunks(block, element)
@@ -252,7 +253,7 @@ def _moments(block, element):  # type: ignore[no-untyped-def]
         write_moments(block, channel, count, mean, m2)
 
 
-@plain
+@pasted
 def _normalize(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]
@@ -264,7 +265,7 @@ def _normalize(block, element):  # type: ignore[no-untyped-def]
         normalize_chunk(block, channel, chunk, hi, a, b, element)
 
 
-@plain
+@pasted
 def _backward(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     outer, channels, inner = block[slots.OUTER], block[slots.CHANNELS], block[slots.INNER]
@@ -286,7 +287,7 @@ def _backward(block, element):  # type: ignore[no-untyped-def]
             gradient_chunk(block, channel, chunk, hi, a, b, by_dz, by_x, constant, training, element)
 
 
-@plain
+@pasted
 def _backward_sums(block, element):  # type: ignore[no-untyped-def]
     if block[slots.PHASE] == 1:
         add_up_chunks(block, element)
@@ -300,7 +301,7 @@ def _backward_sums(block, element):  # type: ignore[no-untyped-def]
         finish_sums(block, channel, mean, var, sum_dz, sum_dz_d, element)
 
 
-@plain
+@pasted
 def _backward_input(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]

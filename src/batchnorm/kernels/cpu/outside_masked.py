@@ -20,6 +20,7 @@ from batchnorm.kernels.cpu.channel import (
     finish_statistics,
     finish_sums,
     gradient_coefficients,
+    pasted,
     plain,
     read_statistics,
     write_moments,
@@ -185,7 +186,7 @@ def gradient_channel(block, channel, hi, a, b, by_dz, by_x, constant, centred, e
                 store(dresidual, res + i, g)
 
 
-@plain
+@pasted
 def _forward(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]
@@ -195,7 +196,7 @@ def _forward(block, element):  # type: ignore[no-untyped-def]
         normalize_channel(block, channel, mean, var, element)
 
 
-@plain
+@pasted
 def _moments(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]
@@ -204,7 +205,7 @@ def _moments(block, element):  # type: ignore[no-untyped-def]
         write_moments(block, channel, count, mean, m2)
 
 
-@plain
+@pasted
 def _normalize(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]
@@ -213,7 +214,7 @@ def _normalize(block, element):  # type: ignore[no-untyped-def]
         normalize_channel(block, channel, mean, var, element)
 
 
-@plain
+@pasted
 def _backward(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]
@@ -233,7 +234,7 @@ def _backward(block, element):  # type: ignore[no-untyped-def]
         gradient_channel(block, channel, hi, a, b, by_dz, by_x, constant, training, element)
 
 
-@plain
+@pasted
 def _backward_sums(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]
@@ -244,7 +245,7 @@ def _backward_sums(block, element):  # type: ignore[no-untyped-def]
         finish_sums(block, channel, mean, var, sum_dz, sum_dz_d, element)
 
 
-@plain
+@pasted
 def _backward_input(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     channels = block[slots.CHANNELS]

@@ -17,6 +17,7 @@ from batchnorm.kernels.cpu.channel import (
     inlined,
     may_stream,
     merge,
+    pasted,
     plain,
     read_statistics,
     write_moments,
@@ -333,7 +334,7 @@ def add_up_runs(block, element):  # type: ignore[no-untyped-def]
             store(scratch, at + 1, fold(products, k, inner, element))
 
 
-@plain
+@pasted
 def _forward(block, element):  # type: ignore[no-untyped-def]
     if block[slots.PHASE] == 1:
         measure_runs(block, element)
@@ -363,7 +364,7 @@ def _forward(block, element):  # type: ignore[no-untyped-def]
             normalize_samples(block, channel, here, 0, outer, hi, a, b, element)
 
 
-@plain
+@pasted
 def _moments(block, element):  # type: ignore[no-untyped-def]
     if block[slots.PHASE] == 1:
         measure_runs(block, element)
@@ -385,7 +386,7 @@ def _moments(block, element):  # type: ignore[no-untyped-def]
             write_moments(block, channel + k, float64(outer * inner), load(means, k), load(m2s, k))
 
 
-@plain
+@pasted
 def _normalize(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     outer, channels = block[slots.OUTER], block[slots.CHANNELS]
@@ -400,7 +401,7 @@ def _normalize(block, element):  # type: ignore[no-untyped-def]
         normalize_samples(block, channel, here, row, min(samples, outer - row), hi, a, b, element)
 
 
-@plain
+@pasted
 def _backward(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     outer, channels, inner = block[slots.OUTER], block[slots.CHANNELS], block[slots.INNER]
@@ -426,7 +427,7 @@ def _backward(block, element):  # type: ignore[no-untyped-def]
         gradient_samples(block, channel, here, 0, outer, hi, a, b, by_dz, by_x, constant, training, element)
 
 
-@plain
+@pasted
 def _backward_sums(block, element):  # type: ignore[no-untyped-def]
     if block[slots.PHASE] == 1:
         add_up_runs(block, element)
@@ -449,7 +450,7 @@ def _backward_sums(block, element):  # type: ignore[no-untyped-def]
         finish_run(block, channel, here, totals, totals_d, element)
 
 
-@plain
+@pasted
 def _backward_input(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
     outer, channels = block[slots.OUTER], block[slots.CHANNELS]

@@ -48,6 +48,12 @@ def _rounds_to_bfloat16() -> bool:
 
 ROUNDS_TO_BFLOAT16 = _rounds_to_bfloat16()
 
+INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""For functions that kernels alone call: Numba makes no wrappers for other callers, which take as long to compile.
+
+Called from Python such a function would end the process; what Python calls too is ``channel.counting``.
+"""
+
 
 @dataclass(frozen=True)
 class Element:
@@ -221,7 +227,7 @@ def slot_float(typing: Any, block: Any, slot: Any) -> Any:
     return types.float64(types.CPointer(types.int64), types.int64), code
 
 
-@njit
+@njit(**INTERNAL)
 def load_channel(address, code, channel):  # type: ignore[no-untyped-def]
     """One value of a per-channel vector of any dtype (a code of ``block.CODES``), as float64."""
     if code == 0:
@@ -233,7 +239,7 @@ def load_channel(address, code, channel):  # type: ignore[no-untyped-def]
     return float64(load(pointer(address, FLOAT16), channel))
 
 
-@njit
+@njit(**INTERNAL)
 def store_channel(address, code, channel, value):  # type: ignore[no-untyped-def]
     """Write one value (float64) of a per-channel vector of any dtype, rounded once."""
     if code == 0:

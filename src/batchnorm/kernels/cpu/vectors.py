@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from batchnorm.kernels.cpu.scalars import I32, I64, ElementType, narrow, widen
+from batchnorm.kernels.cpu.scalars import I32, I64, INTERNAL, ElementType, narrow, widen
 
 
 def _vector_bytes() -> int:
@@ -373,7 +373,7 @@ def workspace(typing: Any, element: Any, count: Any) -> Any:
     return types.CPointer(ElementType(name))(element, count), code
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, **INTERNAL)
 def vtake(base, index, size, stop):  # type: ignore[no-untyped-def]
     """vload where size == stop (the number of lanes), vload_some else."""
     if size == stop:
@@ -381,7 +381,7 @@ def vtake(base, index, size, stop):  # type: ignore[no-untyped-def]
     return vload_some(base, index, size)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, **INTERNAL)
 def vput(base, index, value, size, stop):  # type: ignore[no-untyped-def]
     """vstore where size == stop (the number of lanes), vstore_some else."""
     if size == stop:
@@ -390,7 +390,7 @@ def vput(base, index, value, size, stop):  # type: ignore[no-untyped-def]
         vstore_some(base, index, value, size)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, **INTERNAL)
 def prefetch_four(base, index, step, write, element):  # type: ignore[no-untyped-def]
     """Prefetch the cache lines of four vectors that follow one another."""
     prefetch(base, index, write)
@@ -400,7 +400,7 @@ def prefetch_four(base, index, step, write, element):  # type: ignore[no-untyped
         prefetch(base, index + 3 * step, write)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, **INTERNAL)
 def new_line(i, step, element):  # type: ignore[no-untyped-def]
     """Whether the i-th element begins a vector whose cache line is not that of the vector before it."""
     return step * item_bytes(element) >= 64 or i % (2 * step) == 0
