@@ -38,6 +38,7 @@ from batchnorm.kernels.cpu.channel import (
 )
 from batchnorm.kernels.cpu.compiling import kernels, my_share
 from batchnorm.kernels.cpu.outside_rows import (
+    CHUNK,
     chunk_count,
     chunk_moments,
     chunk_place,
@@ -46,6 +47,10 @@ from batchnorm.kernels.cpu.outside_rows import (
     normalize_row,
 )
 from batchnorm.kernels.cpu.scalars import FLOAT64, load, pointer, real, slot_float, store
+from batchnorm.kernels.cpu.vectors import workspace
+
+AT_HAND = 256
+"""For how many channels normalization keeps its coefficients at hand."""
 
 
 @plain
@@ -90,34 +95,61 @@ def measure_chunks(block, element):  # type: ignore[no-untyped-def]
 
 
 @plain
+def normalize_part(block, n, channel, at, length, ahead, hi, a, b, element):  # type: ignore[no-untyped-def]
+    """y of part of a row; `ahead` leads to the row that will be written next."""
+    res = -1
+    if block[slots.RESIDUAL] != 0:
+        res = n * block[slots.RESIDUAL_OUTER] + channel * block[slots.RESIDUAL_STEP] + at
+    normalize_row(
+        pointer(block[slots.X], element),
+        n * block[slots.X_OUTER] + channel * block[slots.X_STEP] + at,
+        pointer(block[slots.Y], element),
+        n * block[slots.Y_OUTER] + channel * block[slots.Y_STEP] + at,
+        ahead,
+        pointer(block[slots.RESIDUAL], element),
+        res,
+        length,
+        hi,
+        a,
+        b,
+        block[slots.ACTIVATION],
+        real(element, slot_float(block, slots.SLOPE)),
+        block[slots.STREAM] != 0,
+        element,
+    )
+
+
+@plain
 def normalize_chunk(block, channel, chunk, hi, a, b, element):  # type: ignore[no-untyped-def]
     """y of one chunk, its rows backwards."""
     row, rows, at, length = chunk_place(chunk, block[slots.OUTER], block[slots.INNER])
-    x, y = pointer(block[slots.X], element), pointer(block[slots.Y], element)
-    residual = pointer(block[slots.RESIDUAL], element)
-    slope = real(element, slot_float(block, slots.SLOPE))
-    stream = block[slots.STREAM] != 0
     for n in range(row + rows - 1, row - 1, -1):
-        res = -1
-        if block[slots.RESIDUAL] != 0:
-            res = n * block[slots.RESIDUAL_OUTER] + channel * block[slots.RESIDUAL_STEP] + at
-        normalize_row(
-            x,
-            n * block[slots.X_OUTER] + channel * block[slots.X_STEP] + at,
-            y,
-            n * block[slots.Y_OUTER] + channel * block[slots.Y_STEP] + at,
-            -block[slots.Y_OUTER],
-            residual,
-            res,
-            length,
-            hi,
-            a,
-            b,
-            block[slots.ACTIVATION],
-            slope,
-            stream,
-            element,
-        )
+        normalize_part(block, n, channel, at, length, -block[slots.Y_OUTER], hi, a, b, element)
+
+
+@plain
+def normalize_samples(block, thread, threads, element):  # type: ignore[no-untyped-def]
+    """y in the order of memory: the channels of a sample one after the other, their coefficients made before."""
+    outer, channels, inner = block[slots.OUTER], block[slots.CHANNELS], block[slots.INNER]
+    hi, a, b = workspace(element, AT_HAND), workspace(element, AT_HAND), workspace(element, AT_HAND)
+    width = min(AT_HAND, channels if outer >= threads else max(1, channels // (4 * threads)))
+    made = -1
+    units = (channels + width - 1) // width * outer
+    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+        first, n = unit // outer * width, unit % outer
+        here = min(width, channels - first)
+        if made != first:
+            made = first
+            for k in range(here):
+                mean, var = read_statistics(block, first + k)
+                hi_k, a_k, b_k = coefficients(block, first + k, mean, var, element)
+                store(hi, k, hi_k)
+                store(a, k, a_k)
+                store(b, k, b_k)
+        for k in range(here):
+            normalize_part(
+                block, n, first + k, 0, inner, block[slots.Y_STEP], load(hi, k), load(a, k), load(b, k), element
+            )
 
 
 @plain
@@ -256,6 +288,9 @@ def _moments(block, element):  # type: ignore[no-untyped-def]
 @pasted
 def _normalize(block, element):  # type: ignore[no-untyped-def]
     thread, threads = my_share(block)
+    if block[slots.INNER] <= CHUNK:
+        normalize_samples(block, thread, threads, element)
+        return
     channels = block[slots.CHANNELS]
     chunks = chunk_count(block[slots.OUTER], block[slots.INNER])
     for unit in range(channels * chunks * thread // threads, channels * chunks * (thread + 1) // threads):
