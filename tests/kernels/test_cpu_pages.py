@@ -59,6 +59,18 @@ def test_no_more_than_so_much_lies_idle(pool: pages.Pool) -> None:
     assert 0 < pool.idle() <= pool.most_idle
 
 
+def test_only_so_much_is_kept_from_the_system() -> None:
+    own = pages.Pool(most_idle=100 * pages.LARGE, most_kept=2 * pages.LARGE)
+    blocks = [own.take(size * pages.LARGE) for size in (1, 1, 1, 3)]
+    for block in blocks:
+        own.give(block)
+    assert own.idle() == 6 * pages.LARGE
+    assert sum(len(queue) for queue in own._kept.values()) == 2
+    assert sum(len(queue) for queue in own._free.values()) == 2
+    again = [own.take(pages.LARGE) for _ in range(3)]
+    assert {id(block) for block in again} == {id(block) for block in blocks[:3]}
+
+
 def test_shape_strides_and_dtype(pool: pages.Pool) -> None:
     t = pages.large_empty(torch.empty(2, 3, 4, 5, dtype=torch.bfloat16), (60, 1, 15, 3))
     assert t.shape == (2, 3, 4, 5)

@@ -6,10 +6,10 @@ output that takes as long as the kernel. So an output is a lease of a block that
 PyTorch frees the last tensor in it, and the next output of that size gets it. Blocks ask for pages of 2 MiB
 (``MADV_HUGEPAGE``), which fault 512 times less often.
 
-A block that lies idle is marked as free for the taking (``MADV_FREE``): it costs the next output nothing, and the
-system takes it back as soon as memory gets short. ``BATCHNORM_IDLE_MIB`` says how much may lie idle, 1024 if it is not
-set; with 0 there is no pool, and every output is an allocation of PyTorch's own. Only on Linux, where there are these
-two advices.
+What lies idle beyond 64 MiB is marked as free for the taking (``MADV_FREE``): the next output can use it as it is, and
+the system takes it back as soon as memory gets short. ``BATCHNORM_IDLE_MIB`` says how much may lie idle, 1024 if it is
+not set; with 0 there is no pool, and every output is an allocation of PyTorch's own. Only on Linux, where there are
+these two advices.
 
 A tensor that lives in a block is like any other, but its storage cannot grow (``resize_`` to more elements).
 """
@@ -35,6 +35,9 @@ LARGE = 4 << 20
 PAGE = 2 << 20
 """Bytes of a large page."""
 
+KEPT = 64 << 20
+"""Bytes that lie idle as they are: marking costs as much as a small kernel where other threads have to be told."""
+
 
 class _Block:
     """Whole large pages, so many."""
@@ -51,14 +54,16 @@ class _Block:
 
 class Pool:
     """Blocks, by their size. Every change is one operation that the interpreter does not interrupt, and there are no
-    locks: a block may come back at any moment, in any thread, also while another is being taken.
+    locks: a block may come back at any moment, in any thread, also while another is being taken. Who has taken a block
+    out of its queue has it alone.
     """
 
-    def __init__(self, most_idle: int) -> None:
-        self.most_idle = most_idle
-        self._idle: dict[int, deque[_Block]] = {}
-        self._leased: dict[int, int] = {}
+    def __init__(self, most_idle: int, most_kept: int = KEPT) -> None:
+        self.most_idle, self.most_kept = most_idle, most_kept
         self.highest = self.lowest = 0  # bytes leased, the most and the least since ``watch``
+        self._leased: dict[int, int] = {}
+        self._kept: dict[int, deque[_Block]] = {}  # idle, as they came back
+        self._free: dict[int, deque[_Block]] = {}  # idle, and the system may take their memory
 
     def take(self, size: int) -> _Block:
         """A block of at least so many bytes, one that lay idle if there is one.
@@ -67,22 +72,23 @@ class Pool:
             OSError: there is no memory
         """
         pages = -(-size // PAGE)
-        try:
-            block = self._idle[pages].pop()
-        except (KeyError, IndexError):
-            block = _Block(pages)
+        block = _last_of(self._kept, pages) or _last_of(self._free, pages) or _Block(pages)
         self._leased[id(block)] = pages * PAGE
         self.highest = max(self.highest, self.leased())
         return block
 
     def give(self, block: _Block) -> None:
-        """Have a block back. Where too much lies idle, some goes back to the system."""
+        """Have a block back. What is too much of it to keep is marked as free, what is too much idle dropped."""
         self._leased.pop(id(block), None)
         self.lowest = min(self.lowest, self.leased())
-        block.memory.madvise(mmap.MADV_FREE)
-        self._idle.setdefault(block.pages, deque()).append(block)
+        self._kept.setdefault(block.pages, deque()).append(block)
+        while _bytes_in(self._kept) > self.most_kept:
+            large = _first_of(self._kept)
+            if large is not None:
+                large.memory.madvise(mmap.MADV_FREE)
+                self._free.setdefault(large.pages, deque()).append(large)
         while self.idle() > self.most_idle:
-            self._drop()
+            _ = _first_of(self._free) or _first_of(self._kept)
 
     def watch(self) -> None:
         """From now on ``highest`` and ``lowest`` are those of what is leased."""
@@ -90,20 +96,33 @@ class Pool:
 
     def idle(self) -> int:
         """Bytes that lie idle."""
-        return sum(pages * len(blocks) for pages, blocks in list(self._idle.items())) * PAGE
+        return _bytes_in(self._kept) + _bytes_in(self._free)
 
     def leased(self) -> int:
         """Bytes in which tensors live."""
         return sum(list(self._leased.values()))
 
-    def _drop(self) -> None:
-        """Give one block back to the system, of the size that came back first."""
-        for blocks in list(self._idle.values()):
-            try:
-                blocks.popleft()
-            except IndexError:
-                continue
-            return
+
+def _bytes_in(blocks: dict[int, deque[_Block]]) -> int:
+    return sum(pages * len(queue) for pages, queue in list(blocks.items())) * PAGE
+
+
+def _last_of(blocks: dict[int, deque[_Block]], pages: int) -> _Block | None:
+    """The block of that size that came last, taken out."""
+    try:
+        return blocks[pages].pop()
+    except (KeyError, IndexError):
+        return None
+
+
+def _first_of(blocks: dict[int, deque[_Block]]) -> _Block | None:
+    """The block of the largest size that came first, taken out."""
+    for pages in sorted(blocks, reverse=True):
+        try:
+            return blocks[pages].popleft()
+        except IndexError:
+            continue
+    return None
 
 
 def _find_pool() -> Pool | None:
