@@ -214,7 +214,7 @@ def is_usual(
     if len(shape) < 2 or x.numel() <= shape[1] or dtype not in FLOATING or eps <= 0.0 or mean is None or var is None:
         return False
     channels = shape[1]
-    for t in (mean, var) if weight is None and bias is None else (mean, var, weight, bias):
+    for t in (mean, var, weight, bias):
         if t is None:
             continue
         other = t.dtype

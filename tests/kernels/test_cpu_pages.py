@@ -89,16 +89,30 @@ def test_a_tensor_like_any_other(pool: pages.Pool) -> None:
 
 
 def test_outputs_can_be_changed_in_place_under_a_graph() -> None:
-    x = torch.randn(4, 64, 64, 64).requires_grad_()
+    x, dy = torch.randn(4, 64, 64, 64).requires_grad_(), torch.randn(4, 64, 64, 64)
     layer = BatchNorm2d(64)
     assert x.nbytes >= pages.LARGE
     y = layer(x)
     assert y.data_ptr() % pages.PAGE == 0
-    F.relu_(y).sum().backward()
+    F.relu_(y).backward(dy)
     assert x.grad is not None
     assert x.grad.data_ptr() % pages.PAGE == 0
+    same = x.detach().clone().requires_grad_()
+    torch.relu(torch.nn.BatchNorm2d(64)(same)).backward(dy)
+    torch.testing.assert_close(x.grad, same.grad, rtol=1e-4, atol=1e-5)
     again = layer(x.detach())
     assert torch.equal(torch.relu(again), y.detach()), "the block of one output is not another's while it lives"
+
+
+def test_a_block_goes_back_to_the_pool_that_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pages.Pool(most_idle=8 * pages.PAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "pool", own)
+        t = pages.large_empty(like(), (1,))
+    assert own.leased() == pages.LARGE
+    del t
+    assert own.leased() == 0
+    assert own.idle() == pages.LARGE
 
 
 def test_small_outputs_are_pytorchs_own() -> None:

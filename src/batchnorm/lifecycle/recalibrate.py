@@ -248,7 +248,7 @@ def _write(layers: dict[str, _BatchNorm], report: dict[str, LayerStatistics]) ->
                 layer.running_var.copy_(found.var_after)
                 if layer.num_batches_tracked is not None:
                     layer.num_batches_tracked.fill_(found.uses)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well: nothing is left half-changed, and it goes on up
         with torch.no_grad():
             for name, layer in layers.items():
                 for b in buffers:

@@ -31,9 +31,6 @@ from batchnorm.kernels.cpu.threads import openmp
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 """What sums may use: LLVM may reorder them, but NaN and Inf stay what they are."""
 
-EXACT = {"contract", "nsz"}
-"""What the normalizing loops may use: (x - hi) - lo must not become x - (hi + lo)."""
-
 OPTIONS = {"nopython": True, "error_model": "numpy"}
 """Of a kernel's entry, and so of the body that is pasted into it: dividing by 0 is no Python error."""
 

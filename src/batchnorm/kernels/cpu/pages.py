@@ -21,6 +21,7 @@ import mmap
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -151,11 +152,12 @@ pool = _find_pool()
 class _Lease:
     """A buffer over part of a block, and what PyTorch holds on to while a tensor lives in it."""
 
+    pool: Pool  # where the block came from, and goes back to
     block: _Block
 
-    def __del__(self) -> None:
-        if pool is not None:  # not so when the interpreter ends
-            pool.give(self.block)
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            self.pool.give(self.block)
 
 
 @lru_cache(maxsize=256)
@@ -181,7 +183,7 @@ def large_empty(like: Tensor, strides: tuple[int, ...]) -> Tensor:
     except OSError:
         return torch.empty_strided(like.shape, strides, dtype=like.dtype)
     lease = _lease_of(size).from_buffer(block.memory, block.start)
-    lease.block = block
+    lease.pool, lease.block = pool, block
     # Not a view of the flat tensor: those that are made without a graph cannot be changed in place under one.
     flat = torch.frombuffer(lease, dtype=like.dtype)
     return torch.empty(0, dtype=like.dtype).set_(flat.untyped_storage(), 0, like.shape, strides)

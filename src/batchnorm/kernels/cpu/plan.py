@@ -30,7 +30,8 @@ CODES = {dtype: block.CODES[name] for dtype, name in DTYPES.items()}
 ACTIVATIONS = {"identity": block.IDENTITY, "relu": block.RELU, "leaky_relu": block.LEAKY_RELU}
 
 STREAM_FROM = 8 << 20
-"""Outputs of more bytes than this are stored around the cache: they would not be there any more when read."""
+"""Outputs from so many bytes on are stored around the cache. Measured with a third-level cache of 32 MiB: at 6 MiB who
+reads the output next loses more than the kernel gains, at 12 MiB both together gain."""
 
 KEPT = 4096
 """Plans kept at most: shapes that change at every call must not fill the memory."""

@@ -160,23 +160,10 @@ def stream_bits(builder: Any, bits: Any, place: Any, size: int) -> None:
 
 
 @intrinsic
-def vstream(typing: Any, base: Any, index: Any, value: Any) -> Any:
-    """Like vstore, around the cache; the place must be aligned to the vector's size in memory."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        element, vector = signature.args[0].dtype, signature.args[2]
-        place = _place(builder, element, args[0], args[1], vector.lanes)
-        bits = narrow(builder, element.element, args[2], vector.lanes)
-        stream_bits(builder, bits, place, _item_bytes(element) * vector.lanes)
-        return context.get_dummy_value()
-
-    element = _elements(base)
-    return None if element is None else (types.void(base, types.int64, Vector(element.real)), code)
-
-
-@intrinsic
 def vstream_two(typing: Any, base: Any, index: Any, first: Any, second: Any) -> Any:
-    """vstream of two vectors that follow one another: one store of a whole line where elements have 16 bits."""
+    """Like vstore of two vectors that follow one another, around the cache, in whole lines also where elements have 16
+    bits; the place must be aligned to a cache line.
+    """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element, vector = signature.args[0].dtype, signature.args[2]
