@@ -242,8 +242,7 @@ def _composite(
     """``run`` in ordinary operations."""
     sink = None if isinstance(statistics, Population) else statistics.sink
     population = statistics if isinstance(statistics, Population) else None
-    recognizable = x.layout is not torch.strided or _is_exporting() or _is_traced_by_jit()
-    if recognizable and places == EVERYWHERE and (sink is None or _follows_plainly(sink)):
+    if _has_to_be_recognized(x) and places == EVERYWHERE and (sink is None or _follows_plainly(sink)):
         y = _standard(x, weight, bias, eps, population, sink, activation, residual)
         return y if out is None else out.copy_(y)
     wide, found = composite.normalized(
@@ -346,8 +345,16 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _is_traced_by_jit() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+def _has_to_be_recognized(x: Tensor) -> bool:
+    """True where only PyTorch's own operator for batch normalization is of use."""
+    if _is_exporting() or x.layout is not torch.strided:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    # ``functionalize`` writes captured statistics through this operator, and through no other.
+    level = torch._C._functorch.peek_interpreter_stack()
+    functionalizing = level is not None and level.key() == torch._C._functorch.TransformType.Functionalize
+    return functionalizing or torch._C._get_tracing_state() is not None
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

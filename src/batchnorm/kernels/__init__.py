@@ -127,6 +127,8 @@ def explain(
     kernel = choose(x, activation=act, mask=mask, sample_weight=sample_weight)
     chosen = COMPOSITE if kernel is None else kernel.NAME
     reasons = _reasons(x, act, mask, sample_weight, {})
+    if kernel is not None:
+        del reasons[COMPOSITE]
     for name, why in reasons.items():
         if why is None and name != chosen:
             reasons[name] = f"serves, but {'another was named' if named is not None else chosen + ' is preferred'}"

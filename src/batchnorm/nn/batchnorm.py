@@ -82,6 +82,8 @@ class BatchNorm(_BatchNorm):
     (tensor([0.2000, 0.5000]), tensor([1.1000, 0.9000]))
     """
 
+    __jit_unused_properties__ = ["activation", "negative_slope"]
+
     def __init__(
         self,
         num_features: int,
@@ -136,8 +138,7 @@ class BatchNorm(_BatchNorm):
     def forward(
         self,
         input: Tensor,
-        *,
-        residual: Tensor | None = None,
+        residual: Tensor | None = None,  # not keyword-only, as TorchScript has no such thing
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:

@@ -69,13 +69,19 @@ class BatchNormLinear(nn.Module):
             inference: True uses the running statistics for this call, False the batch's (and updates the
                 running ones), None does as ``.training`` says
         """
-        if x.dim() < 2 or x.shape[-1] != self.in_features:
-            invariant = f"an input of shape (..., {self.in_features}) with at least 2 dimensions"
-            todo = "Add the batch dimension, or build the layer for these features."
-            raise ArgumentError(expected("BatchNormLinear", invariant, tuple(x.shape), todo))
-        samples = x.reshape(-1, self.in_features)
-        result: Tensor = self.linear(self._normalized(samples, inference).view(x.shape))
-        return result
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if inference is not None:
+                raise RuntimeError("batchnorm: TorchScript takes no inference=. Call eval() or train() instead.")
+            y: Tensor = self.linear(self.norm(x.reshape(-1, self.in_features)).view(x.shape))
+            return y
+        else:
+            if x.dim() < 2 or x.shape[-1] != self.in_features:
+                invariant = f"an input of shape (..., {self.in_features}) with at least 2 dimensions"
+                todo = "Add the batch dimension, or build the layer for these features."
+                raise ArgumentError(expected("BatchNormLinear", invariant, tuple(x.shape), todo))
+            samples = x.reshape(-1, self.in_features)
+            y = self.linear(self._normalized(samples, inference).view(x.shape))
+            return y
 
     def _normalized(self, samples: Tensor, inference: bool | None) -> Tensor:
         """The norm called as a module, so that hooks and whatever took its place run; in the mode asked for."""
