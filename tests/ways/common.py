@@ -7,14 +7,18 @@ that torch's own layer can be run that way.
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +38,21 @@ AFTER: dict[str | None, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
 }
 
+# Every way is tried with one activation and without in each run, with more of them in `make test-all`.
+MORE = pytest.mark.slow
+
+
+def more(*values: Any) -> list[Any]:
+    """Values of a parameter for `make test-all` only."""
+    return [pytest.param(value, marks=MORE) for value in values]
+
+
+ACTIVATIONS = (None, "relu", *more("leaky_relu", "gelu"))
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+
 Scenario = Callable[[nn.Module], Any]
+Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def pair(
@@ -78,7 +96,9 @@ def same(actual: Any, expected: Any, quantity: str = "y", what: str = "result") 
     if isinstance(expected, Tensor):
         assert isinstance(actual, Tensor), f"{what}: {type(actual).__name__} for a tensor"
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
-        actual, expected = (torch.zeros(t.shape, dtype=t.dtype) if t._is_zerotensor() else t for t in (actual, expected))
+        actual, expected = (
+            torch.zeros(t.shape, dtype=t.dtype) if t._is_zerotensor() else t for t in (actual, expected)
+        )
         if not expected.is_floating_point():
             assert torch.equal(actual, expected), what
             return
@@ -97,11 +117,54 @@ def same(actual: Any, expected: Any, quantity: str = "y", what: str = "result") 
         assert actual == expected, what
 
 
+def _dense(t: Tensor) -> Tensor:
+    """A tensor without memory of its own that stands for zeros, as zeros."""
+    return torch.zeros(t.shape, dtype=t.dtype) if t._is_zerotensor() else t
+
+
 def step(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """The result and every gradient."""
     leaf = x.detach().clone().requires_grad_()
     y = layer(leaf)
     return [y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], dy)]
+
+
+def in_a_fork(test: Test) -> Test:
+    """Run the test in a forked process, whose death is a failed test and no more.
+
+    A kernel that is given an address that is none ends the process.
+    """
+
+    @functools.wraps(test)
+    def forked(*args: Any, **kwargs: Any) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("no os.fork here")
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(120)
+            said = b""
+            try:
+                test(*args, **kwargs)
+            except pytest.skip.Exception as skipped:
+                said = b"S" + str(skipped).encode()
+            except BaseException:
+                said = b"F" + traceback.format_exc().encode()
+            # Its reader may be gone, its buffers are the parent's: nothing is flushed or closed here.
+            os.write(writing, said[-60_000:] if said[:1] == b"F" else said)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            pytest.fail(f"the process was ended by {signal.Signals(os.WTERMSIG(status)).name}")
+        if said[:1] == b"S":
+            pytest.skip(said[1:].decode())
+        if said:
+            pytest.fail(said.decode(errors="replace"))
+
+    return cast(Test, forked)
 
 
 _START = """
@@ -118,10 +181,7 @@ from ways.common import agree, data, pair, same, step
 
 
 def alone(code: str, *, library: bool = True, timeout: int = 120, **environment: str) -> str:
-    """Run ``code`` in a process of its own, which must exit with 0, and return what it printed.
-
-    A kernel that is given an address that is none ends the process: here that is a failed test and no more.
-    """
+    """Run ``code`` in a new process, which must exit with 0, and return what it printed."""
     source = _START.format(tests=str(Path(__file__).parents[1])) + _LIBRARY * library + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", source],

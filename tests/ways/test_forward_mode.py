@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ways.common import agree, data, pair, same
+from ways.common import activations, agree, both_modes, data, pair, same
 
 way = pytest.mark.way
 WHERE = "forward-mode automatic differentiation"
 X, DX = data(), data(seed=3)
-activations = pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
-both_modes = pytest.mark.parametrize("training", [True, False])
 
 
 def tangent(y: Tensor) -> Tensor:

@@ -16,13 +16,11 @@ from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import batchnorm as bn
-from ways.common import agree, alone, data, pair, same, step
+from ways.common import MORE, activations, agree, alone, both_modes, data, more, pair, same, step
 
 way = pytest.mark.way
 JIT, FX, COMPILE = "TorchScript", "torch.fx", "torch.compile"
 X, OTHER, DX = data(), data(seed=2), data(seed=3)
-activations = pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
-both_modes = pytest.mark.parametrize("training", [True, False])
 silent_jit = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
@@ -50,7 +48,9 @@ def test_jit_trace(grad: bool, activation: str | None, training: bool) -> None:
     agree(scenario, activation, "dx", training=training)
 
 
-@way(JIT, "a traced model, saved and loaded in a process that never imports `batchnorm`", "works; its graph is `aten`'s")
+@way(
+    JIT, "a traced model, saved and loaded in a process that never imports `batchnorm`", "works; its graph is `aten`'s"
+)
 @silent_jit
 @activations
 def test_a_traced_model_needs_no_batchnorm(activation: str | None, tmp_path: Path) -> None:
@@ -86,7 +86,15 @@ def test_freezing_folds_the_layer_into_a_convolution(which: str) -> None:
 @silent_jit
 @both_modes
 @activations
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": None},
+        *(pytest.param(o, marks=MORE) for o in ({"affine": False}, {"track_running_stats": False})),
+    ],
+    ids=str,
+)
 def test_jit_script(options: dict[str, Any], activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         scripted = torch.jit.script(layer)
@@ -175,7 +183,7 @@ def test_symbolic_trace_of_the_block(training: bool) -> None:
 @way(FX, "`make_fx`, real, fake and symbolic", "works; its graph is `aten`'s")
 @both_modes
 @activations
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("mode", ["symbolic", *more("real", "fake")])
 def test_make_fx(mode: str, activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())

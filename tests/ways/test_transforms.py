@@ -25,7 +25,7 @@ from torch.func import (
 )
 
 from batchnorm.errors import BatchNormError
-from ways.common import agree, data, pair, same
+from ways.common import activations, agree, both_modes, data, more, pair, same
 
 way = pytest.mark.way
 WHERE = "torch.func and vectorized derivatives"
@@ -64,21 +64,19 @@ CAPTURED: dict[str, dict[str, Any]] = {
     "untracked": {"training": True, "track_running_stats": False},
 }
 captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED)
-first_order = pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
-second_order = pytest.mark.parametrize("activation", [None, "relu", "silu", "tanh"])
-both_modes = pytest.mark.parametrize("training", [True, False])
+second_order = pytest.mark.parametrize("activation", [None, "silu", *more("relu", "tanh")])
 
 
 @way(WHERE, "`grad` over a layer", "works")
 @captured
-@first_order
+@activations
 def test_grad(activation: str | None, options: dict[str, Any]) -> None:
     agree(lambda layer: grad(value(layer))(X), activation, "dx", **options)
 
 
 @way(WHERE, "`vjp`, `jacrev`, `jacfwd`", "work")
 @captured
-@first_order
+@activations
 def test_jacobians(activation: str | None, options: dict[str, Any]) -> None:
     agree(lambda layer: vjp(layer, X)[1](DX), activation, "dx", **options)
     agree(lambda layer: [jacrev(layer)(X), jacfwd(layer)(X)], activation, "dx", **options)
@@ -86,7 +84,7 @@ def test_jacobians(activation: str | None, options: dict[str, Any]) -> None:
 
 @way(WHERE, "`jvp`", "works")
 @captured
-@first_order
+@activations
 def test_jvp(activation: str | None, options: dict[str, Any]) -> None:
     agree(lambda layer: jvp(layer, (X,), (DX,)), activation, "dx", **options)
 
@@ -103,7 +101,7 @@ def test_hessian(activation: str | None, options: dict[str, Any]) -> None:
 @way(WHERE, "`linearize`", "works")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 @captured
-@first_order
+@activations
 def test_linearize(activation: str | None, options: dict[str, Any]) -> None:
     def scenario(layer: nn.Module) -> Any:
         y, tangent = linearize(layer, X)
@@ -114,14 +112,14 @@ def test_linearize(activation: str | None, options: dict[str, Any]) -> None:
 
 @way(WHERE, "`functionalize`", "works, running statistics are updated")
 @both_modes
-@first_order
+@activations
 def test_functionalize(activation: str | None, training: bool) -> None:
     agree(lambda layer: functionalize(layer)(X), activation, training=training)
 
 
 @way(WHERE, "`functional_call`", "works")
 @both_modes
-@first_order
+@activations
 def test_functional_call_with_plain_tensors(activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         parameters, buffers = state(layer)
@@ -134,7 +132,7 @@ def test_functional_call_with_plain_tensors(activation: str | None, training: bo
 
 @way(WHERE, "`grad` in training, buffers passed by `functional_call`", "works, the buffers passed are updated")
 @both_modes
-@first_order
+@activations
 def test_gradients_of_parameters_beside_buffers(activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         parameters, buffers = state(layer)
@@ -145,7 +143,7 @@ def test_gradients_of_parameters_beside_buffers(activation: str | None, training
 
 @way(WHERE, "`jvp`, `jacfwd` in training, buffers copied inside the function", "work")
 @both_modes
-@first_order
+@activations
 def test_forward_mode_beside_buffers(activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         parameters, buffers = state(layer)
@@ -170,7 +168,7 @@ def test_vmap(in_dim: int, options: dict[str, Any]) -> None:
 
 
 @way(WHERE, "`vmap` of a training layer with buffers for each", "works, each has its own statistics")
-@first_order
+@activations
 def test_vmap_with_buffers_for_each(activation: str | None) -> None:
     def scenario(layer: nn.Module) -> Any:
         parameters, buffers = state(layer)
@@ -186,7 +184,7 @@ def test_vmap_with_buffers_for_each(activation: str | None) -> None:
 
 @way(WHERE, "gradients per sample: `vmap` of `grad`", "works")
 @captured
-@first_order
+@activations
 def test_gradients_per_sample(activation: str | None, options: dict[str, Any]) -> None:
     def scenario(layer: nn.Module) -> Any:
         parameters, buffers = state(layer)
@@ -197,7 +195,7 @@ def test_gradients_per_sample(activation: str | None, options: dict[str, Any]) -
 
 @way(WHERE, "ensembles by `stack_module_state`", "work, each model has its own statistics")
 @both_modes
-@first_order
+@activations
 def test_an_ensemble(activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         models = [copy.deepcopy(layer) for _ in range(5)]
@@ -221,7 +219,7 @@ def test_an_ensemble(activation: str | None, training: bool) -> None:
 
 @way(WHERE, "`torch.autograd.grad(…, is_grads_batched=True)`", "works")
 @both_modes
-@first_order
+@activations
 def test_batched_gradients(activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
         leaf = X.clone().requires_grad_()
@@ -234,7 +232,7 @@ def test_batched_gradients(activation: str | None, training: bool) -> None:
 
 @way(WHERE, "`jacobian(…, vectorize=True)`, reverse and forward mode", "works")
 @both_modes
-@first_order
+@activations
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 def test_vectorized_jacobian(strategy: str, activation: str | None, training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:
@@ -283,7 +281,7 @@ def test_captured_running_statistics_are_refused_in_one_sentence(transform: str,
 
 
 @way(WHERE, "`mask=`, `sample_weight=`, `residual=` under `grad` and `vmap`", "work")
-@pytest.mark.parametrize("training", [True, False])
+@both_modes
 def test_what_torch_has_no_argument_for(training: bool) -> None:
     layer = pair("relu", training=training, track_running_stats=not training)[0][0]
     mask = torch.arange(X.numel()).view_as(X)[:, :1] % 3 != 0
