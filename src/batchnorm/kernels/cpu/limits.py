@@ -48,7 +48,7 @@ def cgroup_limit(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None
     """
     found = []
     for line in _read(own).splitlines():
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":
             root, name = cgroups, "memory.max"
         elif "memory" in controllers.split(","):
