@@ -449,7 +449,7 @@ def test_an_environment_that_says_no_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "found"), [(None, 256 << 20), (1 << 40, 256 << 20), (1 << 30, 64 << 20), (1 << 20, 1 << 16)]
+    ("memory", "found"), [(None, 384 << 20), (1 << 40, 384 << 20), (1 << 30, 64 << 20), (1 << 20, 1 << 16)]
 )
 def test_a_process_with_little_memory_keeps_little(
     memory: int | None, found: int, monkeypatch: pytest.MonkeyPatch
