@@ -1,13 +1,14 @@
 """The CPU kernels: Numba, run in PyTorch's own thread pool.
 
-``contract.Kernel`` documents what each function does. The functions below pack the arguments for the compiled kernels:
-``plan`` decides once for each combination of shapes and options what runs, they fill in the addresses. What they make or
-convert on the way is held in a local variable until the kernels have returned.
+``contract.Kernel`` documents what each function does. The functions below pack the arguments for the compiled
+kernels: ``plan`` decides once for each combination of shapes and options what runs, they fill in the addresses. What
+they make or convert on the way is held in a local variable until the kernels have returned.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -155,7 +156,9 @@ def forward(
             eps, factor, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
-    if running is not None and running_mean is None:
+    if running_mean is not None and running_var is not None:
+        _changed(running_mean, running_var)
+    elif running is not None:
         running.update(moments_from(stats, count_of(x, mask, sample_weight)))
     return y, stats
 
@@ -299,6 +302,12 @@ def backward(
 
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _changed(mean: Tensor, var: Tensor) -> None:
+    """Tell autograd that they were written, by address, so that a graph that keeps them raises as it should."""
+    with suppress(RuntimeError):  # inference tensors have no version, and no graph keeps them
+        torch._C._increment_version((mean, var))
 
 
 class _Kept(threading.local):
