@@ -7,7 +7,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from batchnorm.bench.peers import OURS, TITLES
-from batchnorm.bench.results import Extreme, Group, Report, ResNet, Row, lost, name_of, skipped, wrong
+from batchnorm.bench.results import (
+    Extreme,
+    Group,
+    Report,
+    ResNet,
+    Row,
+    lost,
+    memory_skipped,
+    name_of,
+    skipped,
+    wrong,
+)
 
 _SHOWN = ("torch", "compile", "onednn", "flax")
 
@@ -108,6 +119,8 @@ def show(screen: Screen, report: Report) -> None:
         if peer != "memmove":  # part of the yardstick, not a rival
             counted = "; ".join(f"{why} ({_plural(count, 'case')})" for why, count in reasons.items())
             screen.say(f"{TITLES[peer]} skipped: {counted}")
+    for why, count in memory_skipped(rows).items():
+        screen.say(f"Memory not measured: {why} ({_plural(count, 'case')})")
     if report["left_out"]:
         screen.say(f"Left out for want of time: {_plural(len(report['left_out']), 'case')}, named in the JSON")
     if rows:

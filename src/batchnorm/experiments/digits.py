@@ -5,6 +5,7 @@ Every source ends as a ``Digits``: flat float32 images in [0, 1], int64 labels, 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def _from_openml() -> Digits:
 
 
 def _from_folder(folder: Path) -> Digits:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # where Path.is_dir() raises for a name too long, this does not
         raise DataError(
             expected(
                 "load",
@@ -189,7 +190,7 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     """The first of ``names`` that is there, plain before gzipped."""
     for suffix in ("", ".gz"):
         for name in names:
-            if (path := folder / (name + suffix)).is_file():
+            if os.path.isfile(path := folder / (name + suffix)):
                 return path
     raise DataError(
         expected(

@@ -32,7 +32,7 @@ class Terminal:
     def __init__(self, results: Console, complaints: Console, *, quiet: bool = False) -> None:
         self._results = results
         self._complaints = complaints
-        self.plain = quiet or not results.is_terminal
+        self.plain = quiet or not results.is_terminal or results.is_dumb_terminal
 
     def progress(self, steps: int, seeds: int) -> AbstractContextManager[OnProgress]:
         """A bar, or some lines a run, for ``seeds`` runs of ``steps`` steps."""
