@@ -66,7 +66,7 @@ def test_it_measures_the_users_shape_and_leaves_json_and_plot(
         ),
         (
             ["--threads", "0"],
-            'batchnorm: bench: expected threads of 1 or more, or "all", got \'0\'. Give e.g. "1,all".\n',
+            'batchnorm: bench: expected threads from 1 to 1024, or "all", got \'0\'. Give e.g. "1,all".\n',
         ),
         (
             ["--peers", "tensorflow"],

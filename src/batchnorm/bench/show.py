@@ -19,6 +19,7 @@ from batchnorm.bench.results import (
     skipped,
     wrong,
 )
+from batchnorm.report.table import Table
 
 _SHOWN = ("torch", "compile", "onednn", "flax")
 
@@ -43,23 +44,15 @@ class Screen:
         """A table on a terminal; in plain lines each row says what its numbers are."""
         if not rows:
             return
+        table = Table(caption, heads, rows)
         if self.plain:
-            self.say(f"\n{caption}:")
-            for row in rows:
-                cells = (f"{head} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True) if cell)
-                self.say(f"  {row[0]}: {'; '.join(cells)}")
+            self.say("\n" + "\n".join(table.lines()))
             return
-        from rich.box import SIMPLE_HEAD
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table(title=Text(caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
-        for place, head in enumerate(heads):
-            table.add_column(Text(head), justify="right" if place else "left")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
+        from batchnorm.report.terminal import print_table
+
+        print_table(Console(), table)
 
 
 def opening(machine: dict[str, Any]) -> str:

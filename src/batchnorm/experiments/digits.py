@@ -6,6 +6,7 @@ Every source ends as a ``Digits``: flat float32 images in [0, 1], int64 labels, 
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,9 @@ def _from_openml() -> Digits:
     try:
         # pandas reads the file in seconds where scikit-learn's own reader needs a minute, but it is no dependency.
         parser = "pandas" if find_spec("pandas") else "liac-arff"
-        images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser=parser)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each time that it tries again; in the end there is our own error
+            images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser=parser)
     except (OSError, ValueError) as error:
         raise DataError(
             expected(
