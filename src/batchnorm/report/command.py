@@ -125,8 +125,10 @@ def _lenient_streams() -> Iterator[Callable[[], OSError | None]]:
     try:
         yield failure
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream, old in zip((sys.stdout, sys.stderr), before, strict=True):
             stream.flush()
+            if old is None:
+                stream.close()
         sys.stdout, sys.stderr = before
 
 
