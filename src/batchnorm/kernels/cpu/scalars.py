@@ -217,6 +217,18 @@ def real(typing: Any, element: Any, value: Any) -> Any:
 
 
 @intrinsic
+def as_stored(typing: Any, element: Any, value: Any) -> Any:
+    """The number, of the float that elements are computed in, rounded to what an element can hold."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return widen(builder, element.element, narrow(builder, element.element, args[1]))
+
+    if isinstance(element, ElementType):
+        return element.real(element, element.real), code
+    return None
+
+
+@intrinsic
 def slot_float(typing: Any, block: Any, slot: Any) -> Any:
     """The float64 whose bits stand in the block's slot."""
 
