@@ -26,7 +26,7 @@ from batchnorm.kernels.cpu.scalars import (
     store,
     store_channel,
 )
-from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_positive, vzeros
+from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_above, vwhere_positive, vzeros
 
 
 def plain(function: Any) -> Any:
@@ -196,9 +196,12 @@ def activated(z, activation, slope):  # type: ignore[no-untyped-def]
 
 @inlined
 def gated(dy, z, activation, slope):  # type: ignore[no-untyped-def]
-    """dz = dy * activation'(z) of a vector; z may also be the activation's result, which has the same sign."""
+    """dz = dy * activation'(z) of a vector; z may also be the activation's result, which has the same sign.
+
+    As PyTorch: where z is NaN relu lets dy through, and leaky relu takes the slope.
+    """
     if activation == slots.RELU:
         dy = vwhere_positive(z, dy, vzeros(dy))
     elif activation == slots.LEAKY_RELU:
-        dy = vwhere_positive(z, dy, vmul(dy, slope))
+        dy = vwhere_above(z, dy, vmul(dy, slope))
     return dy

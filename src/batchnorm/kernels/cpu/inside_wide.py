@@ -14,9 +14,10 @@ from numba import njit, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from batchnorm.kernels.cpu.scalars import I32, I64, INTERNAL, ElementType, narrow, widen
+from batchnorm.kernels.cpu.halves import I32
+from batchnorm.kernels.cpu.scalars import I64, INTERNAL, ElementType, narrow, widen
+from batchnorm.kernels.cpu.target import VECTOR_BYTES
 from batchnorm.kernels.cpu.vectors import (
-    VECTOR_BYTES,
     Vector,
     _elements,
     _first,
