@@ -389,7 +389,11 @@ def test_runs_of_rows_that_are_not_equally_spaced() -> None:
         for n in ((strides[name].stride(0), strides[name].stride(2)) if name in strides else (0, 0))
     ]
     addresses = [x.data_ptr(), 0, y.data_ptr()] + [0] * 7 + [stats.data_ptr()] + [0] * 7 + [scratch.data_ptr(), 0]
-    block = slots.pack_how(*how, *steps, 0, 1, 0, 0, 0) + slots.pack_what(*addresses, 1e-5, 0.1, 0.0, 0.0)
+    block = (
+        slots.pack_how(*how, *steps, 0, 1, 0, 0, 0)
+        + slots.pack_what(*addresses, 1e-5, 0.1, 0.0, 0.0)
+        + slots.pack_far(0)
+    )
     from batchnorm.kernels.cpu.threads import launch
 
     launch(inside.FORWARD["float32"], block, 2)

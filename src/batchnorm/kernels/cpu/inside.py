@@ -16,7 +16,7 @@ import llvmlite.binding as llvm
 from numba import types
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.channel import pasted
+from batchnorm.kernels.cpu.channel import pasted, tell_far
 from batchnorm.kernels.cpu.compiling import kernels, my_share
 from batchnorm.kernels.cpu.inside_channels import (
     add_up,
@@ -48,6 +48,7 @@ from batchnorm.kernels.cpu.inside_wide import (
     plain,
     real_pointer,
     wide,
+    wide_any_lost,
     wide_divide,
     wide_finite,
     wide_load,
@@ -246,7 +247,10 @@ def _total_gradients(block, c, thread, threads, element):  # type: ignore[no-unt
         n = min(w, channels - j)
         low, invstd = _centre(block, j, n, element)
         sum_dz = wide_load(totals, j, None)
-        sum_dz_xhat = vmul(vsub(wide_load(totals, c.padded + j, None), vmul(low, sum_dz)), invstd)
+        sum_dz_d = wide_load(totals, c.padded + j, None)
+        if wide_any_lost(sum_dz, invstd) or wide_any_lost(sum_dz_d, invstd):
+            tell_far(block)
+        sum_dz_xhat = vmul(vsub(sum_dz_d, vmul(low, sum_dz)), invstd)
         if block[slots.PHASE] == 0 or thread == 0:
             write_parameter_gradients(block, j, n, sum_dz, sum_dz_xhat)
             if block[slots.SUMS] != 0:

@@ -13,7 +13,7 @@ import math
 from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
+from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, m2_of, plain
 from batchnorm.kernels.cpu.scalars import as_stored, load, real
 from batchnorm.kernels.cpu.vectors import (
     address_of,
@@ -140,8 +140,7 @@ def chunk_moments(x, start, stride, rows, length, ahead, element):  # type: igno
             all_squares = vadd(all_squares, vadd(vadd(q0, q1), vadd(q2, q3)))
     total, squares = vsum(all_total), vsum(all_squares)
     count = float64(rows * length)
-    m2 = squares - total * (total / count)
-    return float64(shift) + total / count, 0.0 if m2 < 0.0 else m2
+    return float64(shift) + total / count, m2_of(total, squares, count)
 
 
 @plain

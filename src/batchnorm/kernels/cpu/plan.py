@@ -6,6 +6,8 @@ they want, and the first half of their argument block. Finding it again is one l
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,9 +54,13 @@ class Plan(NamedTuple):
     large: tuple[int, ...] | None  # strides of an output that comes from the pool of large pages, or None
     copied: tuple[str, ...]  # the tensors that kernels cannot read as they lie in memory
 
-    def run(self, what: bytes) -> None:
+    def run(self, what: bytes) -> bool:
+        """Launch. Whether there were numbers too large for the vectors' arithmetic (see ``block``, slot FAR)."""
+        far = _told.far
+        far.value = 0
         for kernel, how in self.launches:
-            launch(kernel, how + what, self.threads)
+            launch(kernel, how + what + _told.address, self.threads)
+        return far.value != 0
 
     def output(self, x: Tensor) -> Tensor:
         """A new tensor like ``x`` for the kernels to write."""
@@ -69,6 +75,17 @@ class Plan(NamedTuple):
     def positions(self, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """A mask or weight that all channels share, as kernels read it: (outer, inner), without gaps."""
         return None if t is None else self.seen.view(t)[:, 0].to(dtype).contiguous()
+
+
+class _Told(threading.local):
+    """Where the kernels that a thread launches raise FAR."""
+
+    def __init__(self) -> None:
+        self.far = ctypes.c_int64()
+        self.address = block.pack_far(ctypes.addressof(self.far))
+
+
+_told = _Told()
 
 
 def find(

@@ -177,6 +177,17 @@ def load_byte(typing: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def stays_a_call(typing: Any) -> Any:
+    """At the head of a function: LLVM does not copy its body to the places that call it (compilation takes longer)."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic
 def increment(typing: Any, address: Any) -> Any:
     """One more in the int64 at an address."""
 
