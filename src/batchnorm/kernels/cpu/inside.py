@@ -20,6 +20,7 @@ from batchnorm.kernels.cpu.channel import pasted, tell_far
 from batchnorm.kernels.cpu.compiling import kernels, my_share
 from batchnorm.kernels.cpu.inside_channels import (
     add_up,
+    centre,
     finish_moments,
     inverse,
     read_channels,
@@ -49,16 +50,12 @@ from batchnorm.kernels.cpu.inside_wide import (
     real_pointer,
     wide,
     wide_any_lost,
-    wide_divide,
-    wide_finite,
     wide_load,
-    wide_rounded,
     wide_splat,
-    wide_sqrt,
 )
 from batchnorm.kernels.cpu.scalars import FLOAT64, pointer, slot_float
 from batchnorm.kernels.cpu.threads import openmp
-from batchnorm.kernels.cpu.vectors import vadd, vmul, vsub
+from batchnorm.kernels.cpu.vectors import vmul, vsub
 
 __all__ = [
     "BACKWARD",
@@ -226,15 +223,6 @@ def _add_gradients(block, c, thread, threads, element):  # type: ignore[no-untyp
         gradient_chunk(block, c, chunk, columns, sums, _partial(block, c, chunk), element)
 
 
-@plain
-def _centre(block, j, n, element):  # type: ignore[no-untyped-def]
-    """(mean - hi, 1 / sqrt(var + eps)) of channels j to j + n."""
-    mean, var = read_statistics(block, j, n)
-    low = wide_finite(vsub(mean, wide_rounded(element, mean)))
-    eps = wide_splat(FLOAT64, slot_float(block, slots.EPS))
-    return low, wide_divide(wide_splat(FLOAT64, 1.0), wide_sqrt(vadd(var, eps)))
-
-
 @pasted
 def _total_gradients(block, c, thread, threads, element):  # type: ignore[no-untyped-def]
     """From partial sums to SUMS, dweight, dbias and the coefficients of dx."""
@@ -245,7 +233,7 @@ def _total_gradients(block, c, thread, threads, element):  # type: ignore[no-unt
     count = add_up(c, block[slots.SCRATCH], totals, channels, first, last)
     for j in range(first, min(last, channels), w):
         n = min(w, channels - j)
-        low, invstd = _centre(block, j, n, element)
+        low, invstd = centre(block, j, n, element)
         sum_dz = wide_load(totals, j, None)
         sum_dz_d = wide_load(totals, c.padded + j, None)
         if wide_any_lost(sum_dz, invstd) or wide_any_lost(sum_dz_d, invstd):

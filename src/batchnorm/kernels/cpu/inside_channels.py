@@ -226,6 +226,15 @@ def write_coefficients(block, coefficients, j, n, mean, var, element):  # type: 
 
 
 @plain
+def centre(block, j, n, element):  # type: ignore[no-untyped-def]
+    """(mean - hi, 1 / sqrt(var + eps)) of channels j to j + n."""
+    mean, var = read_statistics(block, j, n)
+    low = wide_finite(vsub(mean, wide_rounded(element, mean)))
+    eps = wide_splat(FLOAT64, slot_float(block, slots.EPS))
+    return low, wide_divide(wide_splat(FLOAT64, 1.0), wide_sqrt(vadd(var, eps)))
+
+
+@plain
 def write_gradient_coefficients(coefficients, j, n, sum_dz, sum_dz_xhat, count, low, invstd, element):  # type: ignore[no-untyped-def]
     """k1 and k2 of channels j to j + n."""
     w = wide(element)

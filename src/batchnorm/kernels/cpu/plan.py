@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.kernels.cpu import block, inside, outside, outside_long, outside_masked, outside_short
+from batchnorm.kernels.cpu import block, inside, inside_few, outside, outside_long, outside_masked, outside_short
 from batchnorm.kernels.cpu.compiling import Kernel
 from batchnorm.kernels.cpu.pages import LARGE, large_empty
 from batchnorm.kernels.cpu.threads import launch, threads_for
@@ -159,11 +159,14 @@ def _make(
             copied.append(name)
         steps[name] = own or like_x
     family = outside.family(outer, inner, masked) if by_channel else inside
+    few = operation in ("FORWARD", "BACKWARD") and not by_channel and not masked and inside_few.serves(outer, channels)
+    if few:
+        family = inside_few
     split = by_channel and not masked and outside.in_phases(outer, channels, inner, threads)
     if by_channel:
         scratch = outside.scratch(outer, channels, inner) if split else 0
     else:
-        scratch = inside.scratch(outer, inner, channels, 8 if x.dtype == torch.float64 else 4, threads)
+        scratch = 0 if few else inside.scratch(outer, inner, channels, 8 if x.dtype == torch.float64 else 4, threads)
     name, bytes_out = DTYPES[x.dtype], made.numel() * made.element_size()
     how = (
         outer, channels, inner,
@@ -173,7 +176,7 @@ def _make(
         ACTIVATIONS[activation.name], int(bytes_out >= STREAM_FROM),
     )  # fmt: skip
     launches = []
-    for kernel, phase in _order(operation, split, () if by_channel else inside.phases(threads)):
+    for kernel, phase in _order(operation, split, () if by_channel or few else inside.phases(threads)):
         if by_channel and kernel == "BACKWARD_EVAL":
             kernel = "BACKWARD"  # tells the two apart by COUNT
         compiled = getattr(family, kernel)[name]
@@ -219,7 +222,7 @@ def _steps(seen: layout.Layout, t: Tensor, by_channel: bool) -> tuple[int, int] 
 
 def compile_all(dtype: torch.dtype, masked: bool) -> int:
     """Compile, or load from the cache, every kernel for this dtype; how many there are."""
-    families = [inside, outside_long, outside_short] + [outside_masked] * masked
+    families = [inside, inside_few, outside_long, outside_short] + [outside_masked] * masked
     found = [
         kernels[DTYPES[dtype]]
         for family in families
