@@ -92,8 +92,14 @@ def test_large_values_of_short_dtypes(
     layer = torch.nn.BatchNorm1d(channels) if x.dim() < 4 else torch.nn.BatchNorm2d(channels)
     layer.running_mean.fill_(1.0)  # type: ignore[union-attr,operator]
     layer(x.float())
-    torch.testing.assert_close(running.mean, layer.running_mean, rtol=1e-5, atol=1e-5)
-    assert torch.equal(running.var.isinf(), layer.running_var.isinf())  # type: ignore[union-attr,operator]
+    # In some layouts torch itself overflows where the result does not.
+    close(running.mean, 0.9 + 0.1 * expected["mean"], 1e-6, 1 + np.abs(expected["mean"]) + np.sqrt(expected["var"]))
+    assert not (running.var.isinf() & layer.running_var.isfinite()).any()  # type: ignore[union-attr,operator]
+    count = x.numel() // channels
+    kept = 0.9 + 0.1 * expected["var"] * count / (count - 1)
+    fits = kept < 3.4e38
+    assert np.array_equal(running.var.isfinite().numpy(), fits)
+    close(running.var[torch.from_numpy(fits)], kept[fits], 1e-6)
     assert not running.var.isnan().any()
     # Once more: an infinite running variance stays infinite, as torch's does.
     kernel.forward(x, weight, bias, 1e-5, running=running)
