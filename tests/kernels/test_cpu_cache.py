@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numba
 import pytest
 
 import batchnorm
@@ -26,6 +28,47 @@ def test_a_second_process_takes_kernels_from_the_cache(tmp_path: Path) -> None:
     first, second = (in_a_new_process(code, NUMBA_CACHE_DIR=folder) for _ in range(2))
     assert (first.stdout, second.stdout) == ("0\n", "1\n"), first.stderr + second.stderr
     assert (first.stderr, second.stderr) == ("", "")
+
+
+BROKEN = {
+    "empty": lambda whole: b"",
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "cut off at the end": lambda whole: whole[:-1],
+    "garbage": lambda whole: bytes(range(255, 0, -1)) * 20,
+    "a pickle of something else": lambda whole: pickle.dumps({"something": "else"}),
+    "two pickles of something else": lambda whole: pickle.dumps(numba.__version__) + pickle.dumps(42),
+    "a pickle of a tuple": lambda whole: pickle.dumps(("a", "b", 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the compiled kernel of ``measure()``."""
+    folder = tmp_path_factory.mktemp("cached")
+    done = in_a_new_process("measure()", NUMBA_CACHE_DIR=str(folder))
+    assert (done.stdout, done.stderr) == ("", "")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_a_broken_file_of_the_cache_is_replaced(ending: str, how: str, cached: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(cached, folder)
+    (file,) = folder.rglob(f"*.{ending}")
+    whole = file.read_bytes()
+    broken = BROKEN[how](whole)
+    file.write_bytes(broken)
+    code = """
+        measure()
+        print(outside.family(4, 300).MOMENTS["float32"]._compiled.cache_hits)
+    """
+    first, second = (in_a_new_process(code, NUMBA_CACHE_DIR=str(folder)) for _ in range(2))
+    assert (first.stdout, second.stdout) == ("0\n", "1\n"), first.stderr + second.stderr
+    assert (first.stderr, second.stderr) == ("", "")
+    assert len(list(folder.rglob("*.nb?"))) == 2
+    assert file.read_bytes() != broken
 
 
 def test_counting_what_a_call_needs_compiles_nothing() -> None:
