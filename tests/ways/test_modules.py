@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils import mkldnn
 
 import batchnorm as bn
 from batchnorm.errors import BatchNormError
@@ -209,7 +210,7 @@ def test_one_weight_for_two_layers(training: bool) -> None:
 READERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "convert_sync_batchnorm": lambda norm: nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))[0],
     "fuse_conv_bn_eval": lambda norm: nn.utils.fusion.fuse_conv_bn_eval(nn.Conv2d(3, 3, 1).double().eval(), norm),
-    "to_mkldnn": lambda norm: torch.utils.mkldnn.to_mkldnn(nn.Sequential(norm.float()))[0],  # type: ignore[attr-defined]
+    "to_mkldnn": lambda norm: mkldnn.to_mkldnn(nn.Sequential(norm.float()))[0],
 }
 
 
