@@ -1,4 +1,4 @@
-"""Strides of results and gradients are torch's, so that what follows (``view``, channels_last kernels) goes on working."""
+"""Strides of results and gradients are torch's, so that what follows (``view``, channels_last kernels) works."""
 
 from __future__ import annotations
 
