@@ -94,7 +94,7 @@ def test_what_test_modules_asks(name: str, training: bool) -> None:
     for ours, torchs, given in module_samples(name, torch.float64, training):
         assert repr(ours) == repr(torchs)
         x = given.args[0].detach().clone()
-        small = x[:2, :2] if x.numel() else x
+        small = x[:2, :2, :2, :2] if x.dim() > 3 else x[:2, :2]
         if ours.num_features > 2 and x.numel():
             layer = getattr(bn, name)(2, ours.eps, 0.0, ours.affine, ours.track_running_stats, dtype=x.dtype)
             layer.train(training)
