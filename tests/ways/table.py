@@ -28,22 +28,7 @@ def rows() -> dict[str, dict[tuple[str, str], list[str]]]:
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for path in sorted(HERE.glob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {
-            node.targets[0].id: node.value.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and isinstance(node.value, ast.Constant)
-        }
-        for node in tree.body:
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Tuple)
-                and isinstance(node.value, ast.Tuple)
-            ):
-                for target, value in zip(node.targets[0].elts, node.value.elts, strict=False):
-                    if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
-                        names[target.id] = value.value
+        names = _constants(tree)
         for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
             for mark in function.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "way":
@@ -52,6 +37,19 @@ def rows() -> dict[str, dict[tuple[str, str], list[str]]]:
                     if path.name not in files:
                         files.append(path.name)
     return found
+
+
+def _constants(tree: ast.Module) -> dict[str, object]:
+    """The module's ``NAME = "..."`` and ``A, B = "...", "..."``."""
+    names: dict[str, object] = {}
+    for node in (node for node in tree.body if isinstance(node, ast.Assign)):
+        pairs = [(node.targets[0], node.value)]
+        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = list(zip(node.targets[0].elts, node.value.elts, strict=True))
+        for target, value in pairs:
+            if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
+                names[target.id] = value.value
+    return names
 
 
 def _text(node: ast.expr, names: dict[str, object]) -> str:
@@ -64,7 +62,8 @@ def _text(node: ast.expr, names: dict[str, object]) -> str:
 def page() -> str:
     parts = [HEAD]
     for where, ways in rows().items():
-        parts.append(f"\n## {where[0].upper()}{where[1:]}\n\n| way | outcome | test |\n| --- | --- | --- |\n")
+        title = where if where.startswith("torch") else where[0].upper() + where[1:]
+        parts.append(f"\n## {title}\n\n| way | outcome | test |\n| --- | --- | --- |\n")
         for (way, outcome), files in ways.items():
             links = ", ".join(f"[{name[5:-3]}](../tests/ways/{name})" for name in files)
             parts.append(f"| {way} | {outcome} | {links} |\n")
