@@ -17,6 +17,7 @@ from batchnorm.errors import ArgumentError, expected
 from batchnorm.functional import Batch, Population
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.nn.foreign import Absent
 from batchnorm.nn.running import Guarded, at_least_float32, following
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -62,9 +63,10 @@ class BatchNorm(_BatchNorm):
     Running statistics stay float32 when the model is cast to half precision. A batch without values
     changes nothing, not even the counter.
 
-    Tools that read a layer's attributes and build another one from them (``SyncBatchNorm.convert_sync_batchnorm``,
-    ``torch.nn.utils.fuse_conv_bn_eval``, ``torch.utils.mkldnn.to_mkldnn``) know torch's arguments only: an
-    ``activation`` and the other extras are lost there. Use them on layers without extras.
+    Tools that read a layer's attributes and build another one from them know torch's arguments only.
+    ``SyncBatchNorm.convert_sync_batchnorm`` raises where there are extras (``batchnorm.revert`` the model first).
+    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation`` and
+    the other extras are lost without a word. Use them on layers without extras.
 
     Shape:
         input (N, C, ...) and output alike; the dtype is kept, and so is the channels_last memory format
@@ -236,17 +238,25 @@ class BatchNorm(_BatchNorm):
         if input.dim() < 2:
             raise ArgumentError(f"expected 2D or higher input (got {input.dim()}D input)")
 
+    def _extras(self) -> dict[str, object]:
+        """The arguments that torch's layers do not have, where they are on."""
+        extras: dict[str, object] = {}
+        if self.activation is not None:
+            extras["activation"] = self.activation
+        if self.activation == "leaky_relu":
+            extras["negative_slope"] = self.negative_slope
+        if self.too_few != "raise":
+            extras["too_few"] = self.too_few
+        if self.nonfinite != "propagate":
+            extras["nonfinite"] = self.nonfinite
+        return extras
+
+    qconfig = Absent()
+    parametrizations = Absent()
+
     def extra_repr(self) -> str:
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        if self.activation is not None:
-            shown += f", activation={self.activation!r}"
-        if self.activation == "leaky_relu":
-            shown += f", negative_slope={self.negative_slope}"
-        if self.too_few != "raise":
-            shown += f", too_few={self.too_few!r}"
-        if self.nonfinite != "propagate":
-            shown += f", nonfinite={self.nonfinite!r}"
-        return shown
+        return shown + "".join(f", {name}={value!r}" for name, value in self._extras().items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         before = self._buffers.copy()
