@@ -65,8 +65,8 @@ class BatchNorm(_BatchNorm):
 
     Tools that read a layer's attributes and build another one from them know torch's arguments only.
     ``SyncBatchNorm.convert_sync_batchnorm`` raises where there are extras (``batchnorm.revert`` the model first).
-    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation`` and
-    the other extras are lost without a word. Use them on layers without extras.
+    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation``
+    and the other extras are lost without a word. Use ``batchnorm.fold``, or layers without extras.
 
     Shape:
         input (N, C, ...) and output alike; the dtype is kept, and so is the channels_last memory format
