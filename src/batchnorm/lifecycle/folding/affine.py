@@ -1,17 +1,20 @@
 """The algebra of folding: scale and shift a channel, and what they make of a projection. All of it in float64.
 
-    scale = weight / sqrt(running_var + eps),  shift = bias - running_mean * scale
-    after a projection:   scale * (W x + b) + shift      W' = scale W,  b' = scale b + shift
-    before a projection:  W (scale * x + shift) + b      W' = W scale,  b' = b + W shift
+scale = weight / sqrt(running_var + eps),  shift = bias - running_mean * scale
+after a projection:   scale * (W x + b) + shift      W' = scale W,  b' = scale b + shift
+before a projection:  W (scale * x + shift) + b      W' = W scale,  b' = b + W shift
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from batchnorm.nn import BatchNormLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +45,20 @@ class Affine:
 @torch.no_grad()
 def affine_of(norm: nn.Module) -> Affine:
     """What a batch norm with population statistics does, of any class that names its tensors as torch.nn does."""
-    var = norm.running_var.double()  # type: ignore[union-attr,operator]
-    weight, bias = norm.weight, norm.bias
-    scale = torch.rsqrt(var + float(getattr(norm, "eps", 1e-5)))  # type: ignore[arg-type]
-    if isinstance(weight, Tensor):
-        scale = scale * weight.double()
-    shift = -norm.running_mean.double() * scale  # type: ignore[union-attr,operator]
-    return Affine(scale, shift + bias.double() if isinstance(bias, Tensor) else shift)
+    mean, var, weight, bias = (tensor_of(norm, name) for name in ("running_mean", "running_var", "weight", "bias"))
+    assert mean is not None and var is not None
+    eps: Any = getattr(norm, "eps", 1e-5)
+    scale = torch.rsqrt(var + float(eps))
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return Affine(scale, shift if bias is None else shift + bias)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """That parameter or buffer in float64, or None where it is not there or not a tensor."""
+    tensor = getattr(module, name, None)
+    return tensor.detach().double() if isinstance(tensor, Tensor) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +114,12 @@ class Projection:
 @torch.no_grad()
 def projection_of(layer: nn.Module) -> Projection:
     """A convolution's, a ``Linear``'s or a ``Bilinear``'s; of a ``BatchNormLinear`` with its norm in it."""
-    if isinstance(getattr(layer, "linear", None), nn.Linear):
-        return projection_of(layer.linear).after(affine_of(layer.norm))  # type: ignore[arg-type]
-    weight: Tensor = layer.weight.double()  # type: ignore[operator,assignment,union-attr]
-    convolution = isinstance(layer, _ConvNd)
-    outputs = layer.out_channels if convolution else weight.shape[0]
-    bias = weight.new_zeros(outputs) if layer.bias is None else layer.bias.double()  # type: ignore
-    return Projection(weight, bias, layer.groups if convolution else 1, isinstance(layer, _ConvTransposeNd))
+    if isinstance(layer, BatchNormLinear):
+        return projection_of(layer.linear).after(affine_of(layer.norm))
+    weight, bias = tensor_of(layer, "weight"), tensor_of(layer, "bias")
+    assert weight is not None
+    outputs, groups = weight.shape[0], 1
+    if isinstance(layer, _ConvNd):
+        outputs, groups = layer.out_channels, layer.groups
+    bias = weight.new_zeros(outputs) if bias is None else bias
+    return Projection(weight, bias, groups, isinstance(layer, _ConvTransposeNd))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from batchnorm.lifecycle.folding.record import Call, Key, Place, Record, storage_of
+from batchnorm.lifecycle.folding.record import Call, Key, Place, Record, place_of
 from batchnorm.nn import BatchNormLinear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -43,7 +42,7 @@ class Fitness:
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths[id(module)].append(path or type(module).__name__)
             for name, tensor in _tensors(module, recurse=False):
-                place = _place(tensor)
+                place = place_of(tensor)
                 if place is not None:
                     self._owners[place.key].add((id(module), name))
 
@@ -69,7 +68,7 @@ class Fitness:
         return None
 
     def _tensor_refusal(self, name: str, tensor: Tensor, module: nn.Module, call: Call) -> str | None:
-        place = _place(tensor)
+        place = place_of(tensor)
         if place is None or type(tensor.data) is not Tensor:
             return f"its {name} is a {type(tensor).__name__}"
         inside = {id(each) for each in module.modules()}
@@ -101,8 +100,8 @@ class Fitness:
         if len(call.convolutions) != 1:
             return f"it runs {len(call.convolutions)} convolutions in one call"
         (done,) = call.convolutions
-        bias = None if module.bias is None else _place(module.bias)
-        if done.weight != _place(module.weight) or done.bias != bias:
+        bias = None if module.bias is None else place_of(module.bias)
+        if done.weight != place_of(module.weight) or done.bias != bias:
             return "its weight or bias is changed before the convolution"
         key = done.output.key
         inside = [t for t in self._record.touches.get(key, ()) if call.begin <= t.moment <= call.end]
@@ -144,10 +143,3 @@ def _is_plain(module: _ConvNd) -> bool:
 
 def _tensors(module: nn.Module, recurse: bool) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(recurse=recurse, remove_duplicate=False), *module.named_buffers(recurse=recurse)]
-
-
-def _place(tensor: Tensor) -> Place | None:
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
-        return None
-    ref = storage_of(tensor)
-    return None if ref is None else Place(ref.cdata, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())

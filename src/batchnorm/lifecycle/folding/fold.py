@@ -93,7 +93,7 @@ def fold(
     example = Example(example_inputs, example_kwargs)
     copied = _copy(model)
     layers = layers_of(copied)
-    with torch.random.fork_rng(_cuda_devices(model)):
+    with example.alike(model):
         found = record(copied, layers, example)
         made = plan(copied, layers, found, keep)
     del copied, layers
@@ -159,10 +159,10 @@ def _compared(model: nn.Module, made: Plan, example: Example, measure: bool, els
     taken = None
     if measure:
         taken = speed(_copy(model), apply(made, _copy(model)), example, time.perf_counter)
-    notes = ()
+    notes = []
     if elsewhere:
-        notes = (f"batch norm was also called as a function, outside any layer, {elsewhere} times: left as it was",)
-    return FoldReport(tuple(made.decisions), made.left, measured, not_run, taken, notes)
+        notes.append(f"batch norm was also called as a function, outside any layer, {elsewhere} times: left as it was")
+    return FoldReport(tuple(made.decisions), made.left, measured, not_run, taken, tuple(notes))
 
 
 def _shown_folded(folded: nn.Module, example: Example, places: dict[str, str]) -> Shown:
@@ -188,10 +188,6 @@ def _check_agreement(dtype: str, found: Errors) -> None:
 def _dtype_of(model: nn.Module) -> torch.dtype:
     tensors = (*model.parameters(), *model.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}, key=str)
 
 
 def _first_line(error: Exception) -> str:

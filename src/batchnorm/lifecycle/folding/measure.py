@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,19 +21,30 @@ _BUDGET, _FEWEST, _MOST = 1.0, 5, 50  # seconds for all turns together, and turn
 
 @dataclass(frozen=True)
 class Example:
-    """The arguments of one forward; a call runs it, on copies of the tensors, with the same random numbers each time."""
+    """The arguments of one forward; a call runs it on copies, with the same random numbers each time."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def __call__(self, model: nn.Module) -> object:
-        devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+        with self.alike(model):
+            args, kwargs = self.given()
+            return model(*args, **kwargs)
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies of the arguments, since a model may change them in place."""
         args, kwargs = tree_map(_clone, (self.args, dict(self.kwargs)))
+        return args, kwargs
+
+    @contextmanager
+    def alike(self, model: nn.Module) -> Iterator[None]:
+        """Without gradients, and with random numbers that begin alike and leave the generators as they were."""
+        devices = sorted({t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}, key=str)
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(0)
             for device in devices:
                 torch.cuda.default_generators[device.index or 0].manual_seed(0)
-            return model(*args, **kwargs)
+            yield
 
     def to(self, dtype: torch.dtype) -> Example:
         """Floating tensors in that dtype."""
@@ -116,19 +126,21 @@ def speed(unfolded: nn.Module, folded: nn.Module, example: Example, clock: Calla
     """In turns, so that what slows the machine for a while slows both; which goes first alternates."""
     models = (unfolded, folded)
     took: tuple[list[float], list[float]] = ([], [])
-    tensor = next(iter(tensors_in([*folded.parameters(), *tensors_in(example.args)])), torch.empty(0))
-    wait = torch.cuda.synchronize if tensor.device.type == "cuda" else _nothing
-    for model in models:
-        example(model)
-    wait()
+    tensor = next(iter(tensors_in([list(folded.parameters()), example.args])), torch.empty(0))
+    wait = torch.cuda.synchronize if tensor.is_cuda else _nothing
     begun = clock()
-    while len(took[0]) < _FEWEST or (len(took[0]) < _MOST and clock() - begun < _BUDGET):
-        turn = len(took[0])
-        for i in (0, 1) if turn % 2 else (1, 0):
-            start = clock()
-            example(models[i])
-            wait()
-            took[i].append(clock() - start)
+    with example.alike(folded):
+        for turn in range(-1, _MOST):  # the first one only warms up
+            for i in (0, 1) if turn % 2 else (1, 0):
+                args, kwargs = example.given()
+                wait()
+                start = clock()
+                models[i](*args, **kwargs)
+                wait()
+                if turn >= 0:
+                    took[i].append(clock() - start)
+            if turn + 1 >= _FEWEST and clock() - begun > _BUDGET:
+                break
     ratio = median(a / b for a, b in zip(*took, strict=True))
     where = f"{tensor.device}, {str(tensor.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
     return Speed(median(took[0]), median(took[1]), ratio, len(took[0]), where)

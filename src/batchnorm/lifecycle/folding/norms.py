@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.lifecycle.folding.affine import Affine, affine_of
+from batchnorm.lifecycle.folding.affine import Affine, affine_of, tensor_of
 from batchnorm.lifecycle.folding.modules import ResidualActivation, activation_module
 from batchnorm.lifecycle.folding.record import Call
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -73,7 +73,9 @@ def _not_an_affine(module: nn.Module, affine: Affine, shape: tuple[int, ...]) ->
     spread = [-1, *[1] * (len(shape) - 2)]
     scale, shift = affine.scale.view(spread), affine.shift.view(spread)
     x = torch.randn(shape, dtype=torch.float64, device=scale.device)
-    x = x * probe.running_var.sqrt().view(spread) + probe.running_mean.view(spread)
+    mean, var = tensor_of(probe, "running_mean"), tensor_of(probe, "running_var")
+    assert mean is not None and var is not None
+    x = x * var.sqrt().view(spread) + mean.view(spread)
     expected = nn.Sequential(*copy.deepcopy(list(probe.children())))(x * scale + shift)
     try:
         got = probe(x)

@@ -23,7 +23,7 @@ Where = Literal["layer before", "layer after", "norm after", "inside", "scale an
 
 @dataclass(frozen=True)
 class Decision:
-    """One batch norm: into which layer it goes. Where it stays as scale and shift, ``why`` neither neighbour took it."""
+    """One batch norm, and the layer it goes into; ``why`` says for scale and shift that neither neighbour took it."""
 
     norm: str
     kind: str
@@ -52,7 +52,7 @@ class Plan:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Batch norms and the layers that can take them, by path; the norm inside a ``BatchNormLinear`` is its own affair."""
+    """Batch norms and the layers that can take them, by path; not the norm inside a ``BatchNormLinear``."""
     inner = {id(each.norm) for each in model.modules() if isinstance(each, BatchNormLinear)}
     return {
         path: module

@@ -147,7 +147,7 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Run) -> Recor
 
 class _Watch(TorchDispatchMode):
     def __init__(self, layers: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record = Record()
         self.storages: dict[Key, StorageWeakRef] = {}
         self._layers = layers
@@ -188,12 +188,11 @@ class _Watch(TorchDispatchMode):
         return touched
 
     def _place(self, tensor: Tensor) -> Place | None:
-        ref = storage_of(tensor)
-        if ref is None:
-            return None
-        # A weak reference keeps the address from being used again.
-        self.storages.setdefault(ref.cdata, ref)
-        return Place(ref.cdata, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        place = place_of(tensor)
+        if place is not None and place.key not in self.storages:
+            # A weak reference keeps the address from being used again.
+            self.storages[place.key] = StorageWeakRef(tensor.untyped_storage())
+        return place
 
     def _convolution(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Convolution:
         names = [argument.name for argument in torch.ops.aten.convolution.default._schema.arguments]
@@ -242,10 +241,12 @@ class _Watch(TorchDispatchMode):
         return hook
 
 
-def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+def place_of(tensor: Tensor) -> Place | None:
+    """None for a tensor without a storage of the usual kind: sparse, or a layer's that is not initialized yet."""
     try:
-        return StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):  # sparse and the like: no storage of the usual kind
+        key = tensor.untyped_storage()._cdata
+        return Place(key, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    except (NotImplementedError, RuntimeError, ValueError):
         return None
 
 

@@ -100,15 +100,21 @@ class FoldReport:
 
     def _table(self) -> list[str]:
         rows = [
-            (each.norm or "(the model)", each.kind, _WORDS[each.where].format(into=each.into or "(the model)"),
-             *(f"{errors.layers[each.norm]:.1e}" if each.norm in errors.layers else "" for errors in self.errors.values()))
+            (
+                each.norm or "(the model)",
+                each.kind,
+                _WORDS[each.where].format(into=each.into or "(the model)"),
+                *(_error(errors.layers.get(each.norm)) for errors in self.errors.values()),
+            )
             for each in self.decisions
-        ]  # fmt: skip
+        ]
         if not rows:
             return []
         heads = ("norm", "kind", "went", *self.errors)
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)]
+        return [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)
+        ]
 
 
 def _reasons(head: str, reasons: Mapping[str, str]) -> list[str]:
@@ -117,6 +123,10 @@ def _reasons(head: str, reasons: Mapping[str, str]) -> list[str]:
     lines = [f"  {name or '(the model)'}: {why}" for name, why in list(reasons.items())[:_SHOWN]]
     more = len(reasons) - len(lines)
     return [head, *lines, *([f"  and {more} more"] if more else [])]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _time(seconds: float) -> str:
