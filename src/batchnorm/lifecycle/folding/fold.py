@@ -14,7 +14,7 @@ from batchnorm.errors import ArgumentError, MismatchError, expected
 from batchnorm.lifecycle.folding.measure import Example, Shown, errors, show, speed
 from batchnorm.lifecycle.folding.norms import is_norm
 from batchnorm.lifecycle.folding.plan import Plan, apply, layers_of, plan
-from batchnorm.lifecycle.folding.record import record
+from batchnorm.lifecycle.folding.record import Record, record
 from batchnorm.lifecycle.folding.report import Errors, FoldReport
 
 _MEASURED = (torch.float32, torch.bfloat16)
@@ -86,7 +86,7 @@ def fold(
     >>> folded
     Sequential(
       (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-      (1): ReLU()
+      (1): ReLU(inplace=True)
     )
     """
     _check(model, keep)
@@ -94,10 +94,10 @@ def fold(
     copied = _copy(model)
     layers = layers_of(copied)
     with example.alike(model):
-        found = record(copied, layers, example)
+        found = record(copied, layers, *example.given())
         made = plan(copied, layers, found, keep)
     del copied, layers
-    report = _compared(model, made, example, measure, found.normalized_elsewhere)
+    report = _compared(model, made, example, measure, _notes(found))
     folded = apply(made, _copy(model))
     folded.fold_report = report  # type: ignore[assignment]
     return folded
@@ -128,7 +128,7 @@ def _copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return copied if dtype is None else copied.to(dtype)
 
 
-def _compared(model: nn.Module, made: Plan, example: Example, measure: bool, elsewhere: int) -> FoldReport:
+def _compared(model: nn.Module, made: Plan, example: Example, measure: bool, notes: tuple[str, ...]) -> FoldReport:
     """The report; an error if the two models do not agree."""
     own = _dtype_of(model)
     places = {each.norm: made.shown_at(each) for each in made.decisions}
@@ -159,10 +159,20 @@ def _compared(model: nn.Module, made: Plan, example: Example, measure: bool, els
     taken = None
     if measure:
         taken = speed(_copy(model), apply(made, _copy(model)), example, time.perf_counter)
+    return FoldReport(tuple(made.decisions), made.left, measured, not_run, taken, notes)
+
+
+def _notes(found: Record) -> tuple[str, ...]:
     notes = []
-    if elsewhere:
-        notes.append(f"batch norm was also called as a function, outside any layer, {elsewhere} times: left as it was")
-    return FoldReport(tuple(made.decisions), made.left, measured, not_run, taken, tuple(notes))
+    if found.normalized_elsewhere:
+        times = found.normalized_elsewhere
+        notes.append(f"batch norm was called as a function, outside any layer, {times} times: left as it was")
+    if found.reads_values:
+        notes.append(
+            f"the model looks at values of its tensors ({', '.join(sorted(set(found.reads_values))[:3])}): "
+            "if they decide its way, only the example's way is proved"
+        )
+    return tuple(notes)
 
 
 def _shown_folded(folded: nn.Module, example: Example, places: dict[str, str]) -> Shown:

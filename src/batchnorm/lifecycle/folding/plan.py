@@ -111,7 +111,7 @@ class _Planner:
         before = self._into_before(call, affine, bare)
         if before is None:
             return
-        after = self._into_after(call, affine) if bare else "it has an activation or a residual"
+        after = self._into_after(call, affine) if bare else "its activation or residual comes before what follows it"
         if after is None:
             return
         self.plan.affines[path] = affine

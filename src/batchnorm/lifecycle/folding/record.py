@@ -19,7 +19,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Key = int  # of a storage
-Run = Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ class Record:
     held: set[Key] = field(default_factory=set)
     made: dict[Key, str] = field(default_factory=dict)  # by which operation; inputs and parameters are not there
     normalized_elsewhere: int = 0  # calls of batch norm as a function, outside any layer
+    reads_values: list[str] = field(default_factory=list)  # where a tensor's value became a Python number
 
     def of(self, path: str) -> list[Call]:
         return [call for call in self.calls if call.path == path]
@@ -120,7 +120,9 @@ class Record:
         return next((t for t in self.touches.get(key, ()) if t.writes and begin <= t.moment <= end), None)
 
 
-def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Run) -> Record:
+def record(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Record:
     """Run the model once and note the calls of ``layers``, the outermost where one stands inside another.
 
     The hooks that this takes are on ``model`` while it runs, so it should be a copy.
@@ -135,13 +137,16 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Run) -> Recor
                 )
                 handles.append(module.register_forward_hook(watch.leaving(), with_kwargs=True))
         with watch:
-            result = run(model)
+            result = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    gc.collect()
-    watch.record.held = {key for key, ref in watch.storages.items() if not ref.expired()}
-    del result  # what the model returns is held until here
+    held = watch.held()
+    known = {place.key for t in (*tensors_in(result), *model.parameters(), *model.buffers()) if (place := place_of(t))}
+    if any(key in watch.record.made for key in held - known):
+        gc.collect()  # a reference cycle is no owner
+        held = watch.held()
+    watch.record.held = held
     return watch.record
 
 
@@ -154,6 +159,10 @@ class _Watch(TorchDispatchMode):
         self._where: list[str] = []
         self._inside: Call | None = None
         self._now = 0
+
+    def held(self) -> set[Key]:
+        """The storages that somebody still holds."""
+        return {key for key, ref in self.storages.items() if not ref.expired()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,6 +178,8 @@ class _Watch(TorchDispatchMode):
                 self.record.made[place.key] = what
         if func is torch.ops.aten.convolution.default and self._inside is not None:
             self._inside.convolutions.append(self._convolution(args, kwargs, out))
+        elif func is torch.ops.aten._local_scalar_dense.default:
+            self.record.reads_values.append(what)
         elif self._inside is None and "batch_norm" in func._schema.name:
             self.record.normalized_elsewhere += 1
         return out
