@@ -74,7 +74,9 @@ TABLE: Final[dict[tuple[str, str], Tolerance]] = {
         0, 1e-8, "central differences, step 1e-5: truncated at 1e-10, rounded at 1e-10"
     ),
     ("float64", "folded"): Tolerance(0, 1e-12, "promised; weights rounded once more, 1e-16 a layer, summed over it"),
-    ("float32", "folded"): Tolerance(0, 1e-5, "promised; weights rounded once more, 6e-8 a layer, over some 100 layers"),
+    ("float32", "folded"): Tolerance(
+        0, 1e-5, "promised; weights rounded once more, 6e-8 a layer, over some 100 layers"
+    ),
     ("float32", "y"): Tolerance(0, 1e-6, _Y32),
     ("float32", "dx"): Tolerance(0, 3e-6, _DX32),
     ("float32", "dresidual"): Tolerance(0, 1e-6, _DZ32),
