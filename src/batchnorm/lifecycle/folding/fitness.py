@@ -86,7 +86,7 @@ class Fitness:
         (call,) = self._record.of(path)
         kind = type(module).__name__
         if isinstance(module, BatchNormLinear):
-            return "it is called with inference=" if call.arguments > 1 or "inference" in call.options else None
+            return "it is called with inference=" if call.options else None
         if not isinstance(module.weight, Tensor) or not module.weight.dtype.is_floating_point:
             return "its weight is not of a floating dtype"
         if isinstance(module, _ConvNd):

@@ -40,7 +40,7 @@ class ScaleShift(nn.Module):
 
 
 class ResidualActivation(nn.Module):
-    """y = activation(before(x) + residual): a layer of this library that was given a residual, without its norm.
+    """y = activation(before(x) + residual): a layer of this library that takes a residual, without its norm.
 
     >>> layer = ResidualActivation(nn.Identity(), nn.ReLU())
     >>> layer(torch.tensor([1.0, -3.0]), residual=torch.tensor([1.0, 1.0]))
@@ -52,9 +52,12 @@ class ResidualActivation(nn.Module):
         self.before = before
         self.activation = activation
 
-    def forward(self, input: Tensor, *, residual: Tensor) -> Tensor:
-        y: Tensor = self.activation(self.before(input) + residual)
-        return y
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.before(input)
+        if residual is not None:
+            y = y + residual
+        result: Tensor = self.activation(y)
+        return result
 
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

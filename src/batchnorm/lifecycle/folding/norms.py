@@ -35,11 +35,9 @@ def why_not(module: nn.Module, call: Call) -> str | None:
         return "it has no running statistics (track_running_stats=False), so eval mode normalizes by the batch too"
     if call.input is None or call.output is None or call.input.shape != call.output.shape or len(call.input.shape) < 2:
         return "it is not called with one tensor that has channels, to give one of the same shape"
-    others = sorted(set(call.options) - {"input", "x"})
-    if isinstance(module, OURS):
-        others = [name for name in others if name != "residual"]
-    if others or call.arguments > 1:
-        return f"it is called with {' and '.join(others) or 'more than one argument'}"
+    others = [name for name in call.options if not (isinstance(module, OURS) and name == "residual")]
+    if others:
+        return f"it is called with {' and '.join(others)}"
     affine = affine_of(module)
     if not_finite(affine):
         return not_finite(affine)

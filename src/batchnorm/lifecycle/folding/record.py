@@ -8,6 +8,7 @@ they are; storages are held weakly, so that the record costs no memory and says 
 from __future__ import annotations
 
 import gc
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchnorm.kernels import COMPOSITE, use_backend
 
 Key = int  # of a storage
 
@@ -62,35 +65,23 @@ class Call:
     Arguments:
         path: the layer's name in the model
         begin, end: moments
-        inputs: the tensors among the positional arguments
-        options: the keyword arguments that are not None, with a Place for each tensor
-        output: None where the layer gave anything but one tensor
+        input: the first argument, None if that is no tensor
+        options: the other arguments by name, with a Place for each tensor
+        given: every tensor among the arguments
         training: the layer's flag during the call
+        output: None where the layer gave anything but one tensor
         convolutions: those inside the call
     """
 
     path: str
     begin: int
-    inputs: tuple[Place, ...]
+    input: Place | None
     options: Mapping[str, object]
+    given: tuple[Place, ...]
     training: bool
-    arguments: int
     end: int = -1
     output: Place | None = None
     convolutions: list[Convolution] = field(default_factory=list)
-
-    @property
-    def input(self) -> Place | None:
-        """The first tensor, also where it was given by its name."""
-        if self.inputs:
-            return self.inputs[0]
-        named = self.options.get("input", self.options.get("x"))
-        return named if isinstance(named, Place) else None
-
-    @property
-    def given(self) -> list[Place]:
-        """Every tensor it was given."""
-        return [*self.inputs, *(value for value in self.options.values() if isinstance(value, Place))]
 
 
 @dataclass
@@ -136,7 +127,8 @@ def record(
                     module.register_forward_pre_hook(watch.entering(path or type(module).__name__), with_kwargs=True)
                 )
                 handles.append(module.register_forward_hook(watch.leaving(), with_kwargs=True))
-        with watch:
+        # Our own layers run as operations that can be watched, whatever kernel was named.
+        with use_backend(COMPOSITE), watch:
             result = model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -222,15 +214,15 @@ class _Watch(TorchDispatchMode):
             self._where.append(path)
             if id(module) in self._layers and self._inside is None:
                 self._now += 1
-                options = {
-                    name: self._place(value) if isinstance(value, Tensor) else value
-                    for name, value in kwargs.items()
-                    if value is not None
-                }
-                places = [self._place(tensor) for tensor in tensors_in(args)]
-                inputs = tuple(place for place in places if place is not None)
                 path_ = self._layers[id(module)]
-                self._inside = Call(path_, self._now, inputs, options, module.training, len(args))
+                first, *others = [
+                    (name, self._place(value) if isinstance(value, Tensor) else value)
+                    for name, value in _arguments(module, args, kwargs)
+                ]
+                places = [self._place(tensor) for tensor in tensors_in((args, kwargs))]
+                given = tuple(place for place in places if place is not None)
+                x = first[1] if isinstance(first[1], Place) else None
+                self._inside = Call(path_, self._now, x, dict(others), given, module.training)
                 self.record.calls.append(self._inside)
                 # A kernel of its own may read its inputs without an operation that could be seen.
                 for place in self._inside.given:
@@ -250,6 +242,21 @@ class _Watch(TorchDispatchMode):
                 self._inside = None
 
         return hook
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, object]]:
+    """Names and values as the module's forward takes them, in its order."""
+    signature = inspect.signature(module.forward)
+    found: list[tuple[str, object]] = []
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found += [(f"{name}[{i}]", each) for i, each in enumerate(value)]
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            found += value.items()
+        else:
+            found.append((name, value))
+    return found or [("", None)]
 
 
 def place_of(tensor: Tensor) -> Place | None:
