@@ -565,6 +565,13 @@ def test_the_report_measures_and_reads_well() -> None:
     assert all(len(line) <= 120 for line in lines)
 
 
+def test_a_layer_beside_the_norm_is_named_shortly_in_the_report() -> None:
+    model, x = randomized(nn.Sequential(Net(), nn.BatchNorm2d(3))), torch.randn(2, 3, 4, 4)
+    lines = str(fold(model, x).fold_report).splitlines()
+    assert lines[2].split()[:4] == ["0.norm", "BatchNorm2d", "into", ".conv,"]
+    assert lines[3].split()[:4] == ["1", "BatchNorm2d", "into", "0.conv,"]
+
+
 def test_a_model_that_does_not_run_in_bfloat16_says_so() -> None:
     model = randomized(Net(lambda m, x: m.norm(m.conv(x)) @ torch.eye(4)))
     report = bn.fold(model, torch.randn(2, 3, 4, 4)).fold_report

@@ -103,7 +103,7 @@ class FoldReport:
             (
                 each.norm or "(the model)",
                 each.kind,
-                _WORDS[each.where].format(into=each.into or "(the model)"),
+                _WORDS[each.where].format(into=_beside(each.norm, each.into)),
                 *(_error(errors.layers.get(each.norm)) for errors in self.errors.values()),
             )
             for each in self.decisions
@@ -115,6 +115,16 @@ class FoldReport:
         return [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)
         ]
+
+
+def _beside(norm: str, other: str) -> str:
+    """``other`` as it is called beside the norm: ``.conv1`` where both have one parent, the whole name elsewhere.
+
+    >>> _beside("layer1.0.bn1", "layer1.0.conv1"), _beside("layer1.0.bn1", "stem")
+    ('.conv1', 'stem')
+    """
+    parent, _, name = other.rpartition(".")
+    return f".{name}" if parent and parent == norm.rpartition(".")[0] else other or "(the model)"
 
 
 def _reasons(head: str, reasons: Mapping[str, str]) -> list[str]:
