@@ -9,7 +9,7 @@ torch.Size([8, 16, 4, 4])
 from batchnorm import functional
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import explain, use_backend, warmup
-from batchnorm.lifecycle.folding import FoldReport, fold
+from batchnorm.lifecycle.folding import fold
 from batchnorm.lifecycle.recalibrate import recalibrate
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormLinear
@@ -22,7 +22,6 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormError",
     "BatchNormLinear",
-    "FoldReport",
     "Moments",
     "explain",
     "fold",
