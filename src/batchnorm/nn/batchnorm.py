@@ -182,7 +182,7 @@ class BatchNorm(_BatchNorm):
         else:
             running = None
             values: object = input.numel()
-            if followed and (isinstance(values, Tensor) or values != 0):  # a tensor under torch.jit.trace
+            if followed and (type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
                 running = following(mean, var, self.momentum, batches)
             statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
         return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
