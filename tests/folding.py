@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,3 +66,18 @@ def double(value: Any) -> Any:
 def went(folded: Any) -> dict[str, tuple[str, str]]:
     """For each norm where it went, and into what."""
     return {each.norm: (each.where, each.into) for each in folded.fold_report.decisions}
+
+
+class Net(nn.Module):
+    """conv → norm → something, with a way of going through it that each test gives."""
+
+    def __init__(self, way: Callable[[Any, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.last = nn.Conv2d(3, 2, 1)
+        self.kept: Any = None
+        self.way = way
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(self.conv(x)) if self.way is None else self.way(self, x)
