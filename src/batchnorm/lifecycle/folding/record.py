@@ -3,7 +3,7 @@
 The run is watched from the dispatcher, where every operation of PyTorch passes, scripted functions and
 operations inside composite ones included. A tensor is known by its storage, so that views are seen for what
 they are; storages are held weakly, so that the record costs no memory and says at the end what is still held.
-torch.export traces one example as well, but refuses models that look at values, and loses which layer was called.
+torch.export traces one example as well, but refuses models whose way depends on values: one recording serves all.
 """
 
 from __future__ import annotations
