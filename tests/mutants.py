@@ -26,6 +26,9 @@ LAYER = "src/batchnorm/nn/batchnorm.py"
 RUNNING = "src/batchnorm/nn/running.py"
 LINEAR = "src/batchnorm/nn/linear.py"
 RECALIBRATE = "src/batchnorm/lifecycle/recalibrate.py"
+AFFINE = "src/batchnorm/lifecycle/folding/affine.py"
+FLOW = "src/batchnorm/lifecycle/folding/flow.py"
+PLAN = "src/batchnorm/lifecycle/folding/plan.py"
 PAGES = "src/batchnorm/kernels/cpu/pages.py"
 
 # Quick, and without compiling: what is broken above the kernels shows with the eager one as well.
@@ -39,6 +42,8 @@ OF_REFUSALS = (ON_EAGER, "tests/nn/test_refusals.py")
 OF_LINEAR = (ON_EAGER, "tests/nn/test_linear.py")
 OF_PAGES = ("tests/kernels/test_cpu_pages.py",)
 OF_RECALIBRATION = (ON_EAGER, "tests/lifecycle/test_recalibrate.py")
+OF_FOLDING = ("tests/lifecycle/test_fold.py", "-k", "convolution or flatten or row")
+OF_FLOW = ("tests/lifecycle/test_fold_flow.py",)
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -315,6 +320,48 @@ MUTANTS: tuple[Mutant, ...] = (
         "return self._idle[pages].pop()",
         "return self._idle[pages][-1]",
         OF_PAGES,
+    ),
+    Mutant(
+        "fold: the running mean is not scaled",
+        AFFINE,
+        "shift = -mean * scale",
+        "shift = -mean",
+        OF_FOLDING,
+    ),
+    Mutant(
+        "fold: a grouped weight as if it had one group",
+        AFFINE,
+        "rows = values.view(self.groups, second).repeat_interleave(first // self.groups, 0)",
+        "rows = values.view(self.groups, second).repeat(first // self.groups, 1)",
+        OF_FOLDING,
+    ),
+    Mutant(
+        "fold: norms in a row composed the wrong way round",
+        PLAN,
+        "affine = self._handed[path].then(affine)",
+        "affine = affine.then(self._handed[path])",
+        OF_FOLDING,
+    ),
+    Mutant(
+        "fold: a shift goes forward through zero padding",
+        PLAN,
+        "if affine.shifts and not side.even:",
+        "if affine.shifts and not side.even and False:",
+        ("tests/lifecycle/test_fold.py", "-k", "zero_padding"),
+    ),
+    Mutant(
+        "fold: what else reads the tensor is not looked at",
+        FLOW,
+        "if stray is not None:",
+        "if stray is not None and stray.writes:",
+        OF_FLOW,
+    ),
+    Mutant(
+        "fold: the input of a norm may change before it is used",
+        PLAN,
+        "            if written:",
+        "            if written and False:",
+        OF_FLOW,
     ),
 )
 

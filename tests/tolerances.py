@@ -11,7 +11,7 @@ size of the numbers that were added up and not to what is left of them. `tiny` i
 `scale` is a number, or an array that broadcasts to the reference:
 
     y, dx, dresidual,
-    difference           max|reference| if not given. Give it where cancellation makes the result small:
+    folded, difference   max|reference| if not given. Give it where cancellation makes the result small:
                          max(|weight * x_hat| + |bias| + |residual|) for y and
                          max|weight * dz / sqrt(var + eps)| for dx (a batch of two values has dx near 0).
     dweight, dbias       must be given: the sum of |terms| for each channel.
@@ -73,6 +73,10 @@ TABLE: Final[dict[tuple[str, str], Tolerance]] = {
     ("float64", "difference"): Tolerance(
         0, 1e-8, "central differences, step 1e-5: truncated at 1e-10, rounded at 1e-10"
     ),
+    ("float64", "folded"): Tolerance(0, 1e-12, "promised; weights rounded once more, 1e-16 a layer, summed over it"),
+    ("float32", "folded"): Tolerance(
+        0, 1e-5, "promised; weights rounded once more, 6e-8 a layer, over some 100 layers"
+    ),
     ("float32", "y"): Tolerance(0, 1e-6, _Y32),
     ("float32", "dx"): Tolerance(0, 3e-6, _DX32),
     ("float32", "dresidual"): Tolerance(0, 1e-6, _DZ32),
@@ -103,7 +107,7 @@ TABLE: Final[dict[tuple[str, str], Tolerance]] = {
     ("bfloat16", "running_var"): Tolerance(1e-6 + 2.0**-23, 0, _VAR32 + _RUN),
 }
 
-_SCALED_BY_REFERENCE = ("y", "dx", "dresidual", "difference")
+_SCALED_BY_REFERENCE = ("y", "dx", "dresidual", "folded", "difference")
 _RELATIVE = ("var", "running_var")
 
 

@@ -9,6 +9,7 @@ torch.Size([8, 16, 4, 4])
 from batchnorm import functional
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import explain, use_backend, warmup
+from batchnorm.lifecycle.folding import fold
 from batchnorm.lifecycle.recalibrate import recalibrate
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormLinear
@@ -23,6 +24,7 @@ __all__ = [
     "BatchNormLinear",
     "Moments",
     "explain",
+    "fold",
     "functional",
     "recalibrate",
     "use_backend",
