@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MOMENTS = "src/batchnorm/moments.py"
 EAGER = "src/batchnorm/kernels/eager.py"
+CONTRACT = "src/batchnorm/kernels/contract.py"
+PLAIN = "src/batchnorm/kernels/plain.py"
+COMPOSITE = "src/batchnorm/kernels/composite.py"
+LAYOUT = "src/batchnorm/kernels/layout.py"
+CHECKS = "src/batchnorm/checks.py"
 ACTIVATIONS = "src/batchnorm/kernels/activations.py"
 AUTOGRAD = "src/batchnorm/autograd/function.py"
 FUNCTIONAL = "src/batchnorm/functional.py"
@@ -83,16 +88,16 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "eager: momentum is the weight of the old value",
-        EAGER,
+        CONTRACT,
         "r.to(value.dtype) * (1 - factor) + value * factor",
         "r.to(value.dtype) * factor + value * (1 - factor)",
         OF_EAGER,
     ),
     Mutant(
         "eager: running_var takes the biased variance",
-        EAGER,
-        "(running.var, batch.variance(biased=False))",
-        "(running.var, batch.variance())",
+        CONTRACT,
+        "(self.var, batch.variance(biased=False))",
+        "(self.var, batch.variance())",
         OF_EAGER,
     ),
     Mutant(
@@ -161,15 +166,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "activation: the fused ReLU's sign",
         ACTIVATIONS,
-        "torch.where(z <= 0, dy * self.negative_slope",
-        "torch.where(z > 0, dy * self.negative_slope",
+        "torch.where(z <= 0, torch.zeros_like(dy), dy)",
+        "torch.where(z > 0, torch.zeros_like(dy), dy)",
         OF_EAGER,
     ),
     Mutant(
         "autograd: batch statistics are constants to backward",
         AUTOGRAD,
-        "training = call.population is None",
-        "training = False",
+        "dy, x, stats, call.eps, weight, bias, training=call.population is None,",
+        "dy, x, stats, call.eps, weight, bias, training=False,",
         OF_EAGER,
     ),
     Mutant(
@@ -182,20 +187,20 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "autograd: x is kept where nothing asks for it",
         AUTOGRAD,
-        "x if keep_x else None,",
-        "x,",
+        "ctx.save_for_backward(x if keep_x else None, weight,",
+        "ctx.save_for_backward(x, weight,",
         OF_GRADIENTS,
     ),
     Mutant(
         "functional: momentum of the old value",
         FUNCTIONAL,
-        "running = Running(running_mean, running_var, momentum)",
-        "running = Running(running_mean, running_var, 1 - momentum)",
+        "Batch(Running(running_mean, running_var, momentum))",
+        "Batch(Running(running_mean, running_var, 1 - momentum))",
         OF_FUNCTIONAL,
     ),
     Mutant(
         "functional: too little weight passes",
-        FUNCTIONAL,
+        CHECKS,
         "if least <= 1:",
         "if least <= 0:",
         OF_FUNCTIONAL,
@@ -210,24 +215,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "layer: the counter is raised by a forward that fails",
         LAYER,
-        "                functional.check_batch_size(input)\n",
-        "                batches = None if batches is None else batches.add_(1)\n"
-        "                functional.check_batch_size(input)\n"
-        "                batches = None if batches is None else batches.sub_(1)\n",
+        "        name = type(self).__name__\n        read =",
+        "        batches = None if batches is None else batches.add_(1)\n"
+        "        name = type(self).__name__\n        read =",
         OF_REFUSALS,
     ),
     Mutant(
         "layer: a skipped batch reaches the statistics",
-        LAYER,
-        "return found, None if bad else running",
-        "return found, running",
+        RUNNING,
+        "where=finite_channels(found, self.running).all()",
+        "where=torch.tensor(True)",
         OF_REFUSALS,
     ),
     Mutant(
         "layer: too_few is not looked at",
         LAYER,
-        "input.numel() <= input.shape[1] and mean is not None",
-        "False and mean is not None",
+        "input.dim() > 1 and input.numel() <= input.shape[1]",
+        "False",
         OF_REFUSALS,
     ),
     Mutant(
@@ -302,17 +306,59 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "quick look: at the dtypes of parameters, not at how many there are",
-        FUNCTIONAL,
-        "if t.numel() != channels or t.device",
-        "if t.device",
+        CHECKS,
+        "        weight.numel() != channels or (dtype",
+        "        (dtype",
         OF_REFUSALS,
     ),
     Mutant(
         "running update: the counter stays behind",
-        EAGER,
-        "running.batches.add_(1)",
-        "running.batches.add_(0)",
+        CONTRACT,
+        "self.batches.add_(1 if where",
+        "self.batches.add_(0 if where",
         OF_LAYERS,
+    ),
+    Mutant(
+        "plain: a view that negates goes to the kernels",
+        PLAIN,
+        " or t.is_neg()",
+        "",
+        ("tests/ways/test_strange_tensors.py", "-k", "neg"),
+    ),
+    Mutant(
+        "plain: tensors with a tangent go to the kernels",
+        PLAIN,
+        " or forward_ad._current_level >= 0:\n        return False",
+        ":\n        return False",
+        ("tests/ways/test_forward_mode.py", "-k", "tangent_of_the_input"),
+    ),
+    Mutant(
+        "composite: eps stands outside the root",
+        COMPOSITE,
+        "torch.rsqrt(var.to(wide) + eps)",
+        "(torch.rsqrt(var.to(wide)) + eps)",
+        ("tests/ways/test_transforms.py", "-k", "grad"),
+    ),
+    Mutant(
+        "composite: the mask is left out of the statistics",
+        COMPOSITE,
+        "found = _moments(x, counted(mask, sample_weight))",
+        "found = _moments(x, sample_weight)",
+        OF_GRADIENTS,
+    ),
+    Mutant(
+        "layout: a transposed input keeps its strides",
+        LAYOUT,
+        "if suggested is None or x.is_contiguous():",
+        "if suggested is None:\n        return torch.preserve_format\n    if x.is_contiguous():",
+        ("tests/ways/test_layouts.py", "-k", "view or seen or transposed"),
+    ),
+    Mutant(
+        "cpu: buffers are written behind autograd's back",
+        "src/batchnorm/kernels/cpu/__init__.py",
+        "torch._C._increment_version((mean, var))",
+        "pass",
+        ("tests/nn/test_drop_in.py", "-k", "kept_in_a_graph"),
     ),
     Mutant(
         "pool: a block goes to two tensors",
