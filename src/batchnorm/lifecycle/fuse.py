@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.kernels import use_backend
 from batchnorm.lifecycle.agreement import agreement, run
 from batchnorm.lifecycle.conversion import Fusion
 from batchnorm.lifecycle.dataflow import Activity, Recording, Use, Value
@@ -76,6 +77,14 @@ def fuse(changes: Transaction, model: nn.Module, example_inputs: Any) -> tuple[t
         return _all_left(names, "no example_inputs to find out what follows it"), ""
     if not names:
         return (), ""
+    # What is found out does not hang on the kernel, and the eager one does not have to be compiled first.
+    with use_backend("eager"):
+        return _tried(changes, model, names, example_inputs)
+
+
+def _tried(
+    changes: Transaction, model: nn.Module, names: dict[str, nn.Module], example_inputs: Any
+) -> tuple[tuple[Fusion, ...], str]:
     try:
         plan, rows = _planned(copy.deepcopy(model), example_inputs)
     except Exception as error:  # the model's own errors, or a model that cannot be copied
@@ -218,19 +227,23 @@ def _plan_rewrites(
 ) -> None:
     """What remains is taken out of the forward that calls the norm, where all of it is in that one forward."""
     by_owner: dict[nn.Module, list[_Candidate]] = {}
-    sums: set[int] = set()
+    sums: set[Value | None] = set()
+    left = []
     # Of two norms that are added up the later one takes the sum: it is likely to be where both are known.
     for candidate in reversed(candidates):
-        name, owner, total = names[candidate.norm], candidate.caller, candidate.total
-        if candidate.act.caller is not owner or (total is not None and total.caller is not owner):
-            where = names[candidate.act.caller] or "the model"
-            reason = f"it is called in another forward than what follows, which is in that of {where}"
-            rows[name] = Fusion(name, candidate.label, "", reason)
-        elif total is not None and id(total) in sums:
-            rows[name] = Fusion(name, candidate.label, "", "the other norm of the sum takes it")
-        else:
-            by_owner.setdefault(owner, []).insert(0, candidate)
-            sums.add(id(total))
+        owner, total = candidate.act.caller, candidate.total
+        if total is not None and (not candidate.caller is total.caller is owner or total in sums):
+            left.append(candidate)
+            continue
+        by_owner.setdefault(owner, []).insert(0, candidate)
+        sums.add(total)
+    for candidate in left:
+        name, total = names[candidate.norm], candidate.total
+        assert total is not None
+        reason = "the other norm of the sum takes it"
+        if total not in sums:
+            reason = f"the sum is in another forward, that of {names[total.caller] or 'the model'}, and cannot reach it"
+        rows[name] = Fusion(name, candidate.label, "", reason)
     for owner, each in by_owner.items():
         joins = {_join(owner, candidate): candidate for candidate in each}
         rewritten, reasons = rewrite(owner, list(joins))

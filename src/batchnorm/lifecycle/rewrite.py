@@ -35,7 +35,7 @@ _CONSTANT = (bool, int, float, complex, str, bytes, torch.Tensor)
 
 @dataclass(frozen=True)
 class Join:
-    """A norm, by its name in the module, and what its forward applies to the norm's output."""
+    """A norm, by its name in the module, and what the module's forward applies to the norm's output."""
 
     norm: str
     activity: Activity
@@ -133,7 +133,7 @@ def _traced(owner: nn.Module) -> fx.Graph:
 
 def _join(graph: fx.Graph, owner: nn.Module, join: Join) -> str:
     """Make the join in the graph, or say why not, with the graph as it was."""
-    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == join.norm]
+    calls = [n for n in graph.nodes if n.op == "call_module" and _gives(str(n.target), join)]
     if not calls:
         return "the recorded forward does not call it"
     found: list[tuple[Node, Node | None, Node]] = []
@@ -156,6 +156,11 @@ def _join(graph: fx.Graph, owner: nn.Module, join: Join) -> str:
         act.replace_all_uses_with(act.all_input_nodes[0])
         graph.erase_node(act)
     return ""
+
+
+def _gives(called: str, join: Join) -> bool:
+    """Whether the module is the norm or, where no residual has to reach it, holds the norm and hands its output on."""
+    return called == join.norm or (not join.with_sum and join.norm.startswith(f"{called}."))
 
 
 def _followers(owner: nn.Module, node: Node, join: Join) -> tuple[Node | None, Node] | str:

@@ -6,7 +6,7 @@ import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -72,7 +72,7 @@ def successor(layer: nn.Module) -> nn.Module:
     The dicts of hooks themselves go over, so that the handles which users keep go on removing their hooks; the old
     layer gets copies of them and stays usable. Hooks that are bound to the old layer are bound to the new one.
     """
-    new = cast(nn.Module, object.__new__(type(layer)))
+    new = object.__new__(type(layer))
     new.__dict__.update(layer.__dict__)
     for name in STATE:
         new.__dict__[name] = layer.__dict__[name].copy()
