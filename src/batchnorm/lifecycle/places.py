@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from batchnorm.lifecycle.layers import is_ours
 from batchnorm.lifecycle.transaction import Transaction
 
 MODULES: dict[str, type[nn.Module]] = {
@@ -42,7 +43,7 @@ def places(model: nn.Module, layers: dict[nn.Module, list[str]]) -> Places:
     found = Places()
     for layer, names in layers.items():
         activation = getattr(layer, "activation", None)
-        if not isinstance(activation, str):
+        if not is_ours(layer) or not isinstance(activation, str):
             continue
         holders = [model.get_submodule(name.rpartition(".")[0]) for name in names if name]
         parents = [holder for holder in holders if type(holder) is nn.Sequential]

@@ -112,7 +112,7 @@ _CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    return _again, vars(type(self))[_KEY], self.__getstate__()  # type: ignore[no-untyped-call]
+    return _again, vars(type(self))[_KEY], self.__getstate__()
 
 
 def _again(base: type[nn.Module], source: str) -> nn.Module:
