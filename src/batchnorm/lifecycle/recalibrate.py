@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import functional
+from batchnorm.checks import check_batch_size, nonfinite_channels, raise_nonfinite
 from batchnorm.errors import ArgumentError, expected
+from batchnorm.functional import batch_moments
 from batchnorm.moments import Moments
 
 Estimator = Literal["pooled", "paper"]
@@ -202,11 +203,11 @@ def _measure(
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
         # Asked here too: a layer with too_few="running" would let such a batch pass.
-        functional.check_batch_size(x)
-        found = functional.batch_moments(x.detach())
-        bad = functional.nonfinite_channels(found, None) if x.numel() else []
+        check_batch_size(x)
+        found = batch_moments(x.detach())
+        bad = nonfinite_channels(found, None) if x.numel() else []
         if bad:
-            functional.raise_nonfinite(f"recalibrate: {name} ({type(module).__name__})", bad, batch())
+            raise_nonfinite(f"recalibrate: {name} ({type(module).__name__})", bad, batch())
         into.pooled = found if into.pooled is None else into.pooled.merge(found)
         into.sizes.append(x.numel() // max(1, x.shape[1]))
         if estimator == "paper":

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
         """A new tensor like ``x`` for the kernels to write."""
         if self.large is not None:
             return large_empty(x, self.large)
-        return torch.empty_like(x) if self.seen.dense and not self.copied else self.seen.empty(x)
+        return self.seen.empty(x)
 
     def readable(self, name: str, t: Tensor) -> Tensor:
         """``t``, or a copy that the kernels can read."""
@@ -167,7 +167,7 @@ def _make(
 
 @lru_cache(maxsize=256)
 def _pair(channels: int) -> Tensor:
-    return torch.empty((2, channels), dtype=torch.float64)
+    return torch.empty((2, channels), dtype=torch.float64, device="cpu")
 
 
 def _order(operation: str, split: bool, phases: tuple[int, ...]) -> list[tuple[str, int]]:
