@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.lifecycle import fuse as fusing
 from batchnorm.lifecycle.conversion import Conversion, Fusion, LayerChange
-from batchnorm.lifecycle.layers import Swap, class_name, is_norm, to_ours, to_torchs
+from batchnorm.lifecycle.layers import Swap, class_name, is_norm, is_ours, to_ours, to_torchs
 from batchnorm.lifecycle.places import places
 from batchnorm.lifecycle.transaction import Transaction, successor, transaction
 
@@ -84,7 +84,7 @@ def convert(
     if example_inputs is not None and not fuse:
         todo = "They are for finding out what can be joined: add fuse=True."
         raise ArgumentError(expected("convert", "example_inputs with fuse=True alone", "fuse=False", todo))
-    layers = _layers(model)
+    layers = _layers(model, is_norm)
     plan = {layer: to_ours(layer) for layer in layers}
     with transaction() as changes:
         result, rows = _carry_out(changes, model, layers, plan)
@@ -134,7 +134,7 @@ def revert(model: nn.Module, *, report: Report | None = None) -> nn.Module:
     _check_model("revert", model)
     with transaction() as changes:
         fusions = fusing.unfuse(changes, model)
-        layers = _layers(model)
+        layers = _layers(model, is_ours)
         activations = places(model, layers)
         plan: dict[nn.Module, Swap | str] = {}
         for layer in layers:
@@ -149,11 +149,11 @@ def revert(model: nn.Module, *, report: Report | None = None) -> nn.Module:
     return result
 
 
-def _layers(model: nn.Module) -> Names:
-    """Every batch normalization layer, once, with all its names in the model."""
+def _layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Names:
+    """Every layer that is wanted, once, with all its names in the model."""
     found: Names = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_norm(module):
+        if wanted(module):
             found.setdefault(module, []).append(name)
     return found
 

@@ -77,8 +77,8 @@ def fuse(changes: Transaction, model: nn.Module, example_inputs: Any) -> tuple[t
         return _all_left(names, "no example_inputs to find out what follows it"), ""
     if not names:
         return (), ""
-    # What is found out does not hang on the kernel, and the eager one does not have to be compiled first.
-    with use_backend("eager"):
+    # Plain operations of PyTorch: what is found out does not hang on the kernel, and none has to be compiled for it.
+    with use_backend("composite"):
         return _tried(changes, model, names, example_inputs)
 
 

@@ -36,14 +36,19 @@ class SyncBatchNorm(BatchNorm):
 
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None, **places: Any) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
         """Normalize ``input``, over the ranks of the process group where it is trained on several."""
         if not self.training or ranks(self.process_group) == 1:
-            return super().forward(input, residual=residual, **places)
-        if any(place is not None for place in places.values()):
+            return super().forward(input, residual, mask, sample_weight)
+        if mask is not None or sample_weight is not None:
             todo = "Leave them away, or train on one rank."
-            got = " and ".join(name for name, place in places.items() if place is not None)
-            raise ArgumentError(expected("SyncBatchNorm", "no mask or sample_weight over several ranks", got, todo))
+            raise ArgumentError(expected("SyncBatchNorm", "no mask or sample_weight over several ranks", "one", todo))
         y: Tensor = nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         if residual is not None:
             y = y + residual

@@ -61,6 +61,8 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         self._activation = activation_by_name(activation, negative_slope)
+        # A leaf for the tracers of torch.fx, as ``BatchNorm2d`` is.
+        self.__module__ = "torch.nn"
         for name in BUFFERS:
             fill = torch.ones if name in ("weight", "running_var") else torch.zeros
             self.register_buffer(name, fill(num_features, device=device, dtype=dtype))
@@ -83,7 +85,7 @@ class FrozenBatchNorm2d(nn.Module):
     def negative_slope(self, slope: float) -> None:
         self._activation = activation_by_name(self.activation, slope)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``; ``residual``, which broadcasts to it, is added before the activation."""
         if input.dim() != 4:
             raise ArgumentError(f"expected 4D input (got {input.dim()}D input)")
