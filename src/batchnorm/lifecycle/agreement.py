@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(example_inputs, (tuple, list)):
         return model(*example_inputs)
     return model(example_inputs)
+
+
+def random_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Random numbers that are drawn within, on the CPU and the model's GPUs, are not missed after it."""
+    devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})
+    kept: AbstractContextManager[None] = torch.random.fork_rng(devices)
+    return kept
 
 
 def agreement(plain: Made, other: Made, example_inputs: Any) -> tuple[str, str]:
@@ -80,8 +88,7 @@ def _inputs(example_inputs: Any, dtype: torch.dtype | None) -> Any:
 def _step(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
     """Everything that a training step and a forward in eval mode give, by name."""
     found: dict[str, Tensor | None] = {}
-    devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with random_kept(model), torch.enable_grad():
         torch.manual_seed(0)
         given = _inputs(example_inputs, dtype)
         # Not the leaves themselves: a model may write into its input.

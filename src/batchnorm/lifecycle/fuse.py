@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm.kernels import use_backend
-from batchnorm.lifecycle.agreement import agreement, run
+from batchnorm.lifecycle.agreement import agreement, random_kept, run
 from batchnorm.lifecycle.conversion import Fusion
 from batchnorm.lifecycle.dataflow import Activity, Recording, Use, Value
 from batchnorm.lifecycle.layers import MEMORY, TORCHS, Origin, plain_class, with_activation, without_activation
@@ -139,7 +139,7 @@ def _planned(twin: nn.Module, example_inputs: Any) -> tuple[Plan, dict[str, Fusi
     norms = {module for module in names if _can_join(module)}
     recordings = []
     for training in (True, False):
-        with torch.no_grad(), Recording(norms) as recording:
+        with torch.no_grad(), random_kept(twin), Recording(norms) as recording:
             result = run(twin.train(training), example_inputs)
         recording.close()
         del result

@@ -30,6 +30,7 @@ _NAMES: dict[str, Any] = {
 }
 # Libraries whose functions give the same for the same arguments, or say that they draw random numbers.
 _LIBRARIES = ("torch", "math", "operator")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _CONSTANT = (bool, int, float, complex, str, bytes, torch.Tensor)
 
 
@@ -256,15 +257,18 @@ def _functions(
     yield function
     if function.__closure__:
         yield "its forward uses variables of the function that it was defined in"
-    plain = set(nn.Module().__dict__)
-    for name in {name for code in _codes(function.__code__) for name in code.co_names}:
-        if owner.__dict__.get(name) is not None and name not in plain:
+    steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
+    global_names = {str(step.argval) for step in steps if step.opname == "LOAD_GLOBAL"}
+    usual = set(nn.Module().__dict__)
+    for name in {str(step.argval) for step in steps if step.opname in _ATTRIBUTE}:
+        if owner.__dict__.get(name) is not None and name not in usual:
             yield f"its forward may depend on self.{name}, which a recording would fix"
         member = next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), None)
         if isinstance(member, property):
             yield f"its forward may depend on the property {name}, which a recording would fix"
         if isinstance(member, types.FunctionType) and not hasattr(nn.Module, name):
             yield from _functions(owner, member, seen)
+    for name in global_names:
         value = function.__globals__.get(name)
         if isinstance(value, _CONSTANT):
             yield f"its forward depends on the global {name}, which a recording would fix"
