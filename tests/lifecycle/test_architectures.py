@@ -21,6 +21,17 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     return result.logits
 
 
+def built_of_ours(model: nn.Module) -> nn.Module:
+    """A copy with new layers of ours that were given the old ones' state."""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.BatchNorm2d:
+            ours = bn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum).eval()
+            ours.load_state_dict(layer.state_dict())
+            model.set_submodule(name, ours)
+    return model
+
+
 def hooked(model: nn.Module) -> list[Any]:
     return [
         (name, key, list(hooks.items()))
@@ -37,6 +48,7 @@ def test_converting_changes_no_output_beyond_rounding_and_reverting_none_at_all(
         module.register_forward_hook(lambda *args: None)
         module.register_forward_pre_hook(lambda *args: None)
     exact, torchs = logits(copy.deepcopy(model).double(), x.double()), logits(model, x)
+    by_hand = built_of_ours(model)
     modules, hooks = list(model.modules()), hooked(model)
     types = [type(m) for m in modules]
     tensors = [*model.parameters(), *model.buffers()]
@@ -47,6 +59,7 @@ def test_converting_changes_no_output_beyond_rounding_and_reverting_none_at_all(
     for backend in ("eager", "cpu"):
         with bn.use_backend(backend):
             ours = logits(model, x)
+            assert torch.equal(ours, logits(by_hand, x)), "to the bit what a network built of our layers gives"
         assert_not_worse_than_torch(ours, torchs, to_float64(exact), dtype="float32", factor=4.0, what=backend)
     wide = copy.deepcopy(model).double()
     assert_close(logits(wide, x.double()), to_float64(exact), dtype="float64", quantity="y")
@@ -59,20 +72,40 @@ def test_converting_changes_no_output_beyond_rounding_and_reverting_none_at_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_twenty_steps_of_training_agree(name: str, fuse: bool) -> None:
-    theirs = built(name).double()
-    ours = copy.deepcopy(theirs)
-    ours = bn.convert(ours, fuse=fuse, example_inputs=images().double() if fuse else None)
+def test_twenty_steps_of_training_agree_to_what_one_rounding_of_the_weights_does(name: str) -> None:
+    """The yardstick is torch's own training from weights moved by one rounding: small batches make it grow fast."""
+    model = built(name).double()
+    theirs = copy.deepcopy(model)
     expected = train(theirs, 20, seed=1)
-    found = train(ours, 20, seed=1)
     assert len(set(expected)) == 20
-    # Rounding grows from step to step: 20 steps of 1e-12 each, times the growth of a few of SGD with momentum.
-    assert found == pytest.approx(expected, rel=1e-7)
-    ours = bn.revert(ours.eval())
-    for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8), key
+    spread, state_spread = [0.0] * 20, 0.0
+    for seed in range(2):
+        moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.mul_(1 + 2.0**-52 * (2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1))
+        spread = [max(pair) for pair in zip(spread, deviations(train(moved, 20, seed=1), expected), strict=True)]
+        state_spread = max(state_spread, state_deviation(moved, theirs))
+    for fuse in (False, True):
+        ours = copy.deepcopy(model)
+        ours = bn.convert(ours, fuse=fuse, example_inputs=images().double() if fuse else None)
+        found = deviations(train(ours, 20, seed=1), expected)
+        assert all(a <= 10 * b + 1e-13 for a, b in zip(found, spread, strict=True)), (found, spread)
+        assert state_deviation(bn.revert(ours), theirs) <= 10 * state_spread
+
+
+def deviations(losses: list[float], expected: list[float]) -> list[float]:
+    """The largest relative difference up to each step."""
+    differences = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
+    return [max(differences[: k + 1]) for k in range(len(differences))]
+
+
+def state_deviation(model: nn.Module, other: nn.Module) -> float:
+    """The largest difference of any value in the state dict."""
+    a, b = model.state_dict(), other.state_dict()
+    assert list(a) == list(b)
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
 
 
 @pytest.mark.parametrize("name", ["transformers ResNet", "transformers EfficientNet"])

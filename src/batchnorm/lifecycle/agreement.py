@@ -68,10 +68,9 @@ def agreement(plain: Made, other: Made, example_inputs: Any) -> tuple[str, str]:
         if not difference <= ROUNDING[dtype]:
             return f"{what} differs by {difference:.1e} of its size between the joined and the unjoined model", ""
         worst = max(worst, difference)
-    return "", (
-        f"outputs, gradients and buffers of a training step and outputs in eval mode agree within "
-        f"{worst:.0e} of their size, in {str(dtype).removeprefix('torch.')}"
-    )
+    how = f"within {worst:.0e} of their size" if worst else "to the last bit"
+    where = str(dtype).removeprefix("torch.")
+    return "", f"outputs, gradients and buffers of a training step and outputs in eval mode agree {how}, in {where}"
 
 
 def _inputs(example_inputs: Any, dtype: torch.dtype | None) -> Any:
