@@ -13,8 +13,12 @@ from batchnorm.kernels.contract import Running, count_of
 from batchnorm.moments import Moments, broadcast_weights, combine_weights
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FLOAT32 = torch.float32
-NARROW = (torch.bfloat16, torch.float16)
+
+PARAMETERS = {(x, p) for x in FLOATING for p in FLOATING if p == x or (p == torch.float32 and x.itemsize == 2)}
+"""Which dtypes weight and bias may have beside an input's: its own, or float32 beside 16 bits."""
+
+STATISTICS = {(x, s) for x in FLOATING for s in FLOATING if x != torch.float64 or s == torch.float64}
+"""Which dtypes running statistics may have beside an input's: float64 beside float64, any beside the others."""
 
 
 class Places(NamedTuple):
@@ -46,7 +50,7 @@ def check(
         by_batch: whether the batch's own statistics are used
     """
     values: object = x.numel()
-    if isinstance(values, Tensor):
+    if type(values) is Tensor:
         return  # under torch.jit.trace, which records every question about a size; PyTorch's operator asks them again
     if not _is_usual(x, weight, bias, mean, var, eps, by_batch):
         _check(function, x, weight, bias, mean, var, eps, by_batch)
@@ -61,32 +65,31 @@ def _is_usual(
     eps: float,
     by_batch: bool,
 ) -> bool:
-    """True if ``_check`` would pass; False if that is not known."""
+    """True if ``_check`` would pass; False if that is not known. On the way of every call, so written for speed."""
     shape, dtype, device = x.shape, x.dtype, x.device
-    if len(shape) < 2 or dtype not in FLOATING or eps <= 0.0 or (mean is None) != (var is None):
+    if len(shape) < 2 or eps <= 0.0 or x.numel() <= shape[1]:
         return False
     channels = shape[1]
-    if x.numel() <= channels:
+    if weight is not None and (
+        weight.numel() != channels or (dtype, weight.dtype) not in PARAMETERS or weight.device != device
+    ):
         return False
-    for t in (weight, bias):
-        if t is not None and (t.numel() != channels or t.device != device or not _goes_with(t.dtype, dtype)):
-            return False
+    if bias is not None and (
+        bias.numel() != channels or (dtype, bias.dtype) not in PARAMETERS or bias.device != device
+    ):
+        return False
     if mean is None or var is None:
-        return by_batch
-    for t in (mean, var):
-        if t.numel() != channels or t.device != device or t.requires_grad or not _counts_in(t.dtype, dtype):
-            return False
-    return True
-
-
-def _goes_with(parameter: torch.dtype, x: torch.dtype) -> bool:
-    """The dtypes that weight and bias may have: the input's, or float32 beside 16 bits."""
-    return parameter == x or (parameter == FLOAT32 and x in NARROW)
-
-
-def _counts_in(statistic: torch.dtype, x: torch.dtype) -> bool:
-    """The dtypes that running statistics may have: float64 beside float64, any other beside the others."""
-    return x != torch.float64 or statistic == torch.float64
+        return by_batch and mean is var and dtype in FLOATING
+    return not (
+        mean.numel() != channels
+        or var.numel() != channels
+        or (dtype, mean.dtype) not in STATISTICS
+        or (dtype, var.dtype) not in STATISTICS
+        or mean.device != device
+        or var.device != device
+        or mean.requires_grad
+        or var.requires_grad
+    )
 
 
 def _check(
@@ -107,7 +110,7 @@ def _check(
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None:
             _check_channels(function, x, name, p)
-            if not _goes_with(p.dtype, x.dtype):
+            if (x.dtype, p.dtype) not in PARAMETERS:
                 raise DtypeError(_dtype_message(function, name, x, p))
 
 
@@ -144,7 +147,7 @@ def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor 
         return
     for name, r in (("running_mean", mean), ("running_var", var)):
         _check_channels(function, x, name, r)
-        if not _counts_in(r.dtype, x.dtype):
+        if (x.dtype, r.dtype) not in STATISTICS:
             raise DtypeError(_dtype_message(function, name, x, r))
         if r.requires_grad and torch.is_grad_enabled():
             todo = f"Give {name}.detach(): statistics are not differentiable arguments."

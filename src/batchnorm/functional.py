@@ -354,7 +354,8 @@ def _has_to_be_recognized(x: Tensor) -> bool:
     # ``functionalize`` writes captured statistics through this operator, and through no other.
     level = torch._C._functorch.peek_interpreter_stack()
     functionalizing = level is not None and level.key() == torch._C._functorch.TransformType.Functionalize
-    return functionalizing or torch._C._get_tracing_state() is not None
+    making_fx = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return functionalizing or making_fx or torch._C._get_tracing_state() is not None
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -187,5 +187,5 @@ def alone(code: str, *, library: bool = True, timeout: int = 120, **environment:
         [sys.executable, "-X", "faulthandler", "-c", source],
         capture_output=True, text=True, env={**os.environ, **environment}, timeout=timeout, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout

@@ -90,8 +90,8 @@ def _moments(x: Tensor, weight: Tensor | None) -> Moments:
     others = [0, *range(2, x.dim())]
     shape = (1, -1, *(1,) * (x.dim() - 2))
     if weight is None:
-        number = x.numel() / max(1, x.shape[1])
-        count = x.new_full((x.shape[1],), number)
+        # Not new_full, which refuses symbolic numbers.
+        count = x.new_ones(x.shape[1]) * (x.numel() / max(1, x.shape[1]))
         safe = count
     else:
         weight = weight.to(x.dtype).expand(x.shape)

@@ -24,6 +24,8 @@ _function_modes = torch._C._len_torch_function_stack
 _in_transform = torch._C._are_functorch_transforms_active
 _tracer = torch._C._get_tracing_state
 
+_PLAIN_TYPES = {Tensor, Parameter}
+
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """True if kernels may run on these tensors now; None stands for a tensor that is absent.
@@ -35,17 +37,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     if _function_modes() and not _only_default_devices():
         return False
-    for t in tensors:
-        if t is None:
-            continue
-        kind = type(t)
-        if (kind is not Tensor and kind is not Parameter) or t.is_neg():
-            return False
-        try:
-            if t.data_ptr() == 0 and (t.numel() or t.is_meta):
+    try:
+        for t in tensors:
+            if t is not None and (
+                type(t) not in _PLAIN_TYPES or (t.data_ptr() == 0 and (t.numel() or t.is_meta)) or t.is_neg()
+            ):
                 return False
-        except RuntimeError:  # it has no memory that could be pointed at
-            return False
+    except RuntimeError:  # it has no memory that could be pointed at
+        return False
     return True
 
 
@@ -65,7 +64,7 @@ def why_not(**tensors: Tensor | None) -> str | None:
         return f"{type(_get_current_function_mode_stack()[-1]).__name__} is active"
     name, t = next((name, t) for name, t in tensors.items() if not is_plain(t))
     assert t is not None
-    if type(t) not in (Tensor, Parameter):
+    if type(t) not in _PLAIN_TYPES:
         return f"{name} is a {type(t).__name__}"
     if t.layout is not torch.strided:
         return f"{name} has the layout {t.layout}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import batchnorm as torch_layers
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -111,10 +111,7 @@ class BatchNorm(_BatchNorm):
         self._set_activation(act)
         self.too_few: TooFew = too_few
         self.nonfinite: NonFinite = nonfinite
-        if type(self).__module__.startswith("batchnorm."):
-            # The tracers of torch.fx take a module for a leaf, which they do not look into, by this attribute of the
-            # instance. Its forward asks questions that no tracer can answer.
-            self.__module__ = "torch.nn"
+        be_a_leaf(self)
         self._widen(self._buffers.copy())
 
     @property
@@ -185,7 +182,7 @@ class BatchNorm(_BatchNorm):
         else:
             running = None
             values: object = input.numel()
-            if followed and (isinstance(values, Tensor) or values != 0):  # a tensor under torch.jit.trace
+            if followed and (type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
                 running = following(mean, var, self.momentum, batches)
             statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
         return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
@@ -307,6 +304,15 @@ class BatchNorm3d(BatchNorm, torch_layers.BatchNorm3d):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 5:
             raise ArgumentError(f"expected 5D input (got {input.dim()}D input)")
+
+
+def be_a_leaf(module: nn.Module) -> None:
+    """Let the tracers of torch.fx take a module of ours for a leaf, as they do with torch.nn's.
+
+    They ask the instance for ``__module__``. A forward of ours asks questions that no tracer can answer.
+    """
+    if type(module).__module__.startswith("batchnorm."):
+        module.__module__ = "torch.nn"
 
 
 def _one_of(function: str, name: str, value: str, known: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.nn.batchnorm import BatchNorm, TooFew
+from batchnorm.nn.batchnorm import BatchNorm, TooFew, be_a_leaf
 
 
 class BatchNormLinear(nn.Module):
@@ -60,6 +60,7 @@ class BatchNormLinear(nn.Module):
         self.out_features = out_features
         self.norm = BatchNorm(in_features, eps, momentum, affine, device=device, dtype=dtype, too_few=too_few)
         self.linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        be_a_leaf(self)
 
     def forward(self, x: Tensor, inference: bool | None = None) -> Tensor:
         """Normalize and project.
