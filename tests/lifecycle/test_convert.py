@@ -343,6 +343,8 @@ def test_an_interruption_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d(), nn.BatchNorm1d(3))
     layer = nn.BatchNorm1d(3)
     layer.register_forward_hook(seen)
+    layer.register_forward_pre_hook(layer.__class__.extra_repr.__get__(layer))
+    layer.register_load_state_dict_pre_hook(seen)
 
     def interrupt(report: Conversion) -> None:
         raise KeyboardInterrupt
@@ -373,3 +375,14 @@ def test_what_is_no_model_and_inputs_without_fuse_are_refused() -> None:
         "convert: expected example_inputs with fuse=True alone, got fuse=False. "
         "They are for finding out what can be joined: add fuse=True."
     )
+
+
+def test_converting_twice_and_joining_later_is_taken_back_as_a_whole() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    before = [identity_of_state(m) for m in model.modules()]
+    bn.convert(bn.convert(model))
+    bn.convert(model, fuse=True, example_inputs=torch.randn(2, 3, 4, 4))
+    bn.convert(model, fuse=True, example_inputs=torch.randn(2, 3, 4, 4))
+    assert model[0].activation == "relu"
+    bn.revert(bn.revert(model))
+    assert [identity_of_state(m) for m in model.modules()] == before

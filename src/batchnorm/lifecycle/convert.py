@@ -12,7 +12,7 @@ from batchnorm.lifecycle import fuse as fusing
 from batchnorm.lifecycle.conversion import Conversion, Fusion, LayerChange
 from batchnorm.lifecycle.layers import Swap, class_name, is_norm, is_ours, to_ours, to_torchs
 from batchnorm.lifecycle.places import places
-from batchnorm.lifecycle.transaction import Transaction, successor, transaction
+from batchnorm.lifecycle.transaction import Transaction, transaction
 
 Report = Callable[[Conversion], object]
 Names = dict[nn.Module, list[str]]
@@ -169,9 +169,7 @@ def _carry_out(
             rows.append(LayerChange(path, before, None, swap))
             continue
         if layer is model:
-            # The hooks move to the new object, so the old one is part of what is undone.
-            changes.change(layer)
-            result = layer = successor(layer)
+            result = layer = changes.successor(layer)
         changes.change(layer, swap.to, swap.gets, swap.loses)
         rows.append(LayerChange(path, before, class_name(layer)))
     return result, tuple(rows)

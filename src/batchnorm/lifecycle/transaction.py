@@ -30,6 +30,7 @@ class Transaction:
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[nn.Module, type[nn.Module], dict[str, Any]]] = {}
+        self._hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
 
     def change(
         self,
@@ -53,6 +54,28 @@ class Transaction:
             module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for hooks, before in self._hooks:
+            hooks.update(before)
+
+    def successor(self, layer: nn.Module) -> nn.Module:
+        """A new object with the tensors, hooks and attributes of ``layer``, to take its place.
+
+        The dicts of hooks themselves go over, so that the handles which users keep go on removing their hooks; the
+        old layer gets copies of them and stays usable. Hooks that are bound to the old layer are bound to the new.
+        """
+        self.change(layer)
+        new: nn.Module = object.__new__(type(layer))
+        new.__dict__.update(layer.__dict__)
+        for name in STATE:
+            new.__dict__[name] = layer.__dict__[name].copy()
+        for name in (*HOOKS, *HOOK_FLAGS):
+            layer.__dict__[name] = layer.__dict__[name].copy()
+        for name in HOOKS:
+            hooks = new.__dict__[name]
+            self._hooks.append((hooks, dict(hooks)))
+            for key, hook in hooks.items():
+                hooks[key] = _bound_to(new, layer, hook)
+        return new
 
 
 @contextmanager
@@ -64,24 +87,6 @@ def transaction() -> Iterator[Transaction]:
     except BaseException:
         changes.undo()
         raise
-
-
-def successor(layer: nn.Module) -> nn.Module:
-    """A new object with the tensors, hooks and attributes of ``layer``, to take its place.
-
-    The dicts of hooks themselves go over, so that the handles which users keep go on removing their hooks; the old
-    layer gets copies of them and stays usable. Hooks that are bound to the old layer are bound to the new one.
-    """
-    new = object.__new__(type(layer))
-    new.__dict__.update(layer.__dict__)
-    for name in STATE:
-        new.__dict__[name] = layer.__dict__[name].copy()
-    for name in (*HOOKS, *HOOK_FLAGS):
-        layer.__dict__[name] = layer.__dict__[name].copy()
-    for name in HOOKS:
-        for key, hook in new.__dict__[name].items():
-            new.__dict__[name][key] = _bound_to(new, layer, hook)
-    return new
 
 
 def _bound_to(new: nn.Module, old: nn.Module, hook: Any) -> Any:
