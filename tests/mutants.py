@@ -409,6 +409,29 @@ MUTANTS: tuple[Mutant, ...] = (
         "            if written and False:",
         OF_FLOW,
     ),
+    Mutant(
+        name="convert: hooks bound to the old layer stay bound to it",
+        file="src/batchnorm/lifecycle/transaction.py",
+        old="hooks[key] = _bound_to(new, layer, hook)",
+        new="hooks[key] = hook",
+        tests=(
+            "tests/lifecycle/test_convert.py::test_a_model_that_is_a_layer_comes_back_new_with_the_same_tensors_and_hooks",
+        ),
+    ),
+    Mutant(
+        name="convert: a join that computes something else is handed over",
+        file="src/batchnorm/lifecycle/agreement.py",
+        old="if not difference <= ROUNDING[dtype]:",
+        new="if difference < 0:",
+        tests=("tests/lifecycle/test_fuse.py::test_a_join_that_computes_something_else_is_found_and_not_made",),
+    ),
+    Mutant(
+        name="convert: the residual is left away",
+        file="src/batchnorm/lifecycle/rewrite.py",
+        old='node.kwargs = {**node.kwargs, "residual": other}',
+        new="node.kwargs = {**node.kwargs}",
+        tests=("tests/lifecycle/test_fuse.py::test_every_form_of_an_addition_is_taken_over_as_the_residual",),
+    ),
 )
 
 

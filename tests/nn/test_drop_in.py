@@ -118,17 +118,11 @@ def test_statistics_follow_under_no_grad_too() -> None:
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_statistics_that_are_kept_in_a_graph_and_then_followed_are_an_error(name: str) -> None:
-    messages = []
-    for layer in (nn.BatchNorm2d(3), bn.BatchNorm2d(3)):
-        loss = (getattr(layer, name) * layer.weight).sum()  # backward needs the buffer as it is now
-        layer(torch.randn(4, 3, 2, 2))
-        with pytest.raises(RuntimeError) as caught:
-            loss.backward()
-        messages.append(str(caught.value).split(": ")[0])
-    assert (
-        messages
-        == ["one of the variables needed for gradient computation has been modified by an inplace operation"] * 2
-    )
+    layer = bn.BatchNorm2d(3)
+    loss = (getattr(layer, name) * layer.weight).sum()  # backward needs the buffer as it is now
+    layer(torch.randn(4, 3, 2, 2))
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):  # torch: silently wrong
+        loss.backward()
 
 
 # State
