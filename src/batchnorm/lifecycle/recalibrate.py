@@ -150,14 +150,14 @@ def _choose(model: nn.Module, skip_eval: bool) -> tuple[dict[str, _BatchNorm], d
     layers: dict[str, _BatchNorm] = {}
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
-        buffers = {b for b, t in module._buffers.items() if t is not None}
-        if not {"running_mean", "running_var"} <= buffers:
+        buffers = {b: t for b, t in module._buffers.items() if t is not None}
+        if not {"running_mean", "running_var"} <= buffers.keys():
             continue
         kind = type(module).__name__
         if not isinstance(module, _BatchNorm):
-            frozen = {"weight", "bias"} <= buffers
+            frozen = {"weight", "bias"} <= buffers.keys()
             left_alone[name] = f"{kind}, whose parameters are buffers: frozen" if frozen else f"{kind}, another kind"
-        elif is_lazy(module._buffers["running_mean"]):
+        elif is_lazy(buffers["running_mean"]):
             got, todo = f"{name} ({kind}), which has seen no input", "Run the model once on a batch."
             raise ArgumentError(expected("recalibrate", "layers that know their channels", got, todo))
         elif skip_eval and not module.training:
@@ -221,9 +221,18 @@ def _report(
             now, count, uses = (population.mean, population.var), population.count, population.uses
         own = (None, None) if gaps is None else (gaps[0][1].get(name), gaps[1][1].get(name))
         layers[name] = LayerStatistics(count, uses, *then, *now, *own)
-    output = (None, None) if gaps is None else (gaps[0][0], gaps[1][0])
-    notes = tuple(found.notes)
-    return Recalibration(estimator, order, found.batches, found.passes, layers, left_alone, *output, notes)
+    gap_before, gap_after = (None, None) if gaps is None else (gaps[0][0], gaps[1][0])
+    return Recalibration(
+        estimator=estimator,
+        order=order,
+        batches=found.batches,
+        passes=found.passes,
+        layers=layers,
+        left_alone=left_alone,
+        gap_before=gap_before,
+        gap_after=gap_after,
+        notes=tuple(found.notes),
+    )
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
