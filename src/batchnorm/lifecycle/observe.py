@@ -60,7 +60,9 @@ class Observation:
         self.dependence: Dependence | None = None
         self._modes = [(module, module.training) for module in model.modules()]
         self._originals = {name: {b: layer._buffers.get(b) for b in BUFFERS} for name, layer in layers.items()}
-        self._forwards = [(layer, layer.__dict__.get("forward", _ABSENT)) for layer in layers.values()]
+        self._own = [
+            (layer, layer.__dict__.get("forward", _ABSENT), layer.track_running_stats) for layer in layers.values()
+        ]
         self._copies: dict[str, dict[str, Tensor | None]] = {}
         self._on_use: OnUse = lambda use: False
         self._open: list[_Open] = []
@@ -77,11 +79,12 @@ class Observation:
 
     def end(self) -> None:
         """Everything as it was; may be called again."""
-        for (layer, own), originals in zip(self._forwards, self._originals.values(), strict=True):
-            if own is _ABSENT:
+        for (layer, forward, tracked), originals in zip(self._own, self._originals.values(), strict=True):
+            if forward is _ABSENT:
                 layer.__dict__.pop("forward", None)
             else:
-                layer.__dict__["forward"] = own
+                layer.__dict__["forward"] = forward
+            layer.track_running_stats = tracked
             layer._buffers.update({b: t for b, t in originals.items() if b in layer._buffers})
         for module, mode in self._modes:
             module.training = mode
@@ -125,16 +128,15 @@ class Observation:
             invariant = f"an input of {name} with its {layer.num_features} channels in dimension 1"
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ArgumentError(expected("recalibrate", invariant, got, todo))
-        by_batch = self._on_use(Use(name, layer, x, kwargs.get("mask"), kwargs.get("sample_weight")))
-        self._inside = True
-        try:
-            if by_batch:  # without buffers a layer in eval mode has nothing else to normalize by
-                layer._buffers.update(dict.fromkeys(BUFFERS))
-            y = original(*args, **kwargs)
-        finally:
-            self._inside = False
-            layer._buffers.update(self._copies[name])
-        self._ran(name, (args, kwargs), y)
+        with self._unfollowed():
+            use = Use(name, layer, x, kwargs.get("mask"), kwargs.get("sample_weight"))
+            try:
+                if self._on_use(use):  # without buffers a layer in eval mode has nothing else to normalize by
+                    layer._buffers.update(dict.fromkeys(BUFFERS))
+                y = original(*args, **kwargs)
+            finally:
+                layer._buffers.update(self._copies[name])
+            self._ran(name, (args, kwargs), y)
         return y
 
     def _run_other(
@@ -144,23 +146,31 @@ class Observation:
         self._open.append(opened)
         try:
             y = original(*args, **kwargs)
-            if opened.seen:
-                return y
-            x = _input_of(args, kwargs)
-            if not _fits(layer, x):
-                return y
+        finally:
+            self._open.pop()
+        x = _input_of(args, kwargs)
+        if opened.seen or not _fits(layer, x):
+            return y
+        with self._unfollowed():
             if self._on_use(Use(name, layer, x)):
-                layer.training, tracked = True, layer.track_running_stats
-                layer.track_running_stats = False
+                tracked = layer.track_running_stats
                 try:
+                    layer.training, layer.track_running_stats = True, False
                     y = original(*args, **kwargs)
                 finally:
                     layer.training, layer.track_running_stats = False, tracked
                     layer._buffers.update(self._copies[name])
-        finally:
-            self._open.pop()
-        self._ran(name, (args, kwargs), y)
+            self._ran(name, (args, kwargs), y)
         return y
+
+    @contextmanager
+    def _unfollowed(self) -> Iterator[None]:
+        """What we and our layers do ourselves is no part of the model."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every function of torch that a forward calls goes through here."""
