@@ -106,7 +106,7 @@ def test_it_is_the_network_run_layer_by_layer_on_all_data_at_once(kind: str) -> 
         "n0": 600, "n1": 600, "n2": 600, "n3": 600, "n4": 24,
     }  # fmt: skip
     assert all(layer.uses == 4 for layer in report.layers.values())
-    assert report.notes == ("train/eval gaps are of the first 3 batches",)
+    assert report.notes == ("train/eval gaps were measured on 3 batches",)
 
 
 def test_on_all_data_no_gap_is_left_in_any_layer() -> None:

@@ -148,10 +148,9 @@ def sequential(runner: Runner, batches: Iterable[Any], max_batches: int | None, 
         for batch in itertools.islice(batches, max_batches):
             this.run(batch)
             done += 1
-            if passes == 0 and length is not None:  # the first batch already shows most of the order
-                total = length + (
-                    _ahead(_State(state.remaining, state.depends, this.order), length) if done == 1 else 0
-                )
+            if passes == 0 and done == 1 and length is not None:  # the first batch already shows most of the order
+                rest = [name for name in this.reached if name not in this.measured()]
+                total = length + _ahead(_State(rest, state.depends, this.order), length)
             runner.progress(worked + done * share, total)
         _refuse_none(done, passes)
         worked += done * share

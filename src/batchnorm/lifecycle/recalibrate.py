@@ -194,7 +194,7 @@ def _measure(
         if population is not None:
             runner.observation.put(name, population.mean, population.var)
     after = gap.measure()
-    found.notes.append(f"train/eval gaps are of the first {counted(gap.batches, 'batch')}")
+    found.notes.append(f"train/eval gaps were measured on {counted(gap.batches, 'batch')}")
     return found, (before, after)
 
 
