@@ -49,7 +49,7 @@ def main() -> None:
     # came with the copy are another network's.
     averaged = copy.deepcopy(average.module)
     before = accuracy(averaged, test)
-    report = bn.recalibrate(averaged, (x for x, _ in data(50)))
+    report = bn.recalibrate(averaged, (x for x, _ in data(50)), gap_batches=10)
     after = accuracy(averaged, test)
     print(report)
     print(f"accuracy of the averaged weights: {before:.3f} before, {after:.3f} after recalibration")
@@ -69,7 +69,7 @@ def main() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(points), batch_size=9)
     assert len(points) % 9 == 1
     one_by_one, whole = copy.deepcopy(averaged), copy.deepcopy(averaged)
-    report = bn.recalibrate(one_by_one, loader, order="sequential", gap_batches=10)
+    report = bn.recalibrate(one_by_one, loader, order="sequential")
     bn.recalibrate(whole, [points], order="sequential")
     for name, statistics in one_by_one.state_dict().items():
         assert "running" not in name or torch.allclose(statistics, whole.state_dict()[name], rtol=1e-4, atol=1e-6)

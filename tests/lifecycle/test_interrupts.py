@@ -109,7 +109,7 @@ def interrupted(at: int, run: Callable[[], None]) -> tuple[int, bool]:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("apart", "last"), [(1009, 40), pytest.param(23, 250, marks=pytest.mark.slow)], ids=["a few", "many"]
+    ("apart", "last"), [(1009, 40), pytest.param(23, 250, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_before_any_line_of_the_code_that_does_it(order: Any, apart: int, last: int) -> None:
     """Ctrl-C comes between any two lines: at some of them, and at each of the last, where results are written."""

@@ -120,6 +120,7 @@ def recalibrate(
         _write(layers, found.populations)
         return report
     except BaseException:  # Ctrl-C as well: nothing is left half-changed, and it goes on up
+        # Once more: what was interrupted may have been this very call.
         observation.end()
         for each in written:
             each.undo()
