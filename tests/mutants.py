@@ -26,11 +26,11 @@ LAYER = "src/batchnorm/nn/batchnorm.py"
 RUNNING = "src/batchnorm/nn/running.py"
 LINEAR = "src/batchnorm/nn/linear.py"
 RECALIBRATE = "src/batchnorm/lifecycle/recalibrate.py"
-COLLECT = "src/batchnorm/lifecycle/collect.py"
-OBSERVE = "src/batchnorm/lifecycle/observe.py"
-DEPENDENCE = "src/batchnorm/lifecycle/dependence.py"
-PASSES = "src/batchnorm/lifecycle/passes.py"
-GAP = "src/batchnorm/lifecycle/gap.py"
+COLLECT = "src/batchnorm/lifecycle/recalibration/collect.py"
+OBSERVE = "src/batchnorm/lifecycle/recalibration/observe.py"
+DEPENDENCE = "src/batchnorm/lifecycle/recalibration/dependence.py"
+PASSES = "src/batchnorm/lifecycle/recalibration/passes.py"
+GAP = "src/batchnorm/lifecycle/recalibration/gap.py"
 PAGES = "src/batchnorm/kernels/cpu/pages.py"
 
 # Quick, and without compiling: what is broken above the kernels shows with the eager one as well.
@@ -44,11 +44,11 @@ OF_REFUSALS = (ON_EAGER, "tests/nn/test_refusals.py")
 OF_LINEAR = (ON_EAGER, "tests/nn/test_linear.py")
 OF_PAGES = ("tests/kernels/test_cpu_pages.py",)
 OF_RECALIBRATION = (ON_EAGER, "tests/lifecycle/test_recalibrate.py")
-OF_SEQUENTIAL = (ON_EAGER, "tests/lifecycle/test_sequential.py")
-OF_DEPENDENCE = (ON_EAGER, "tests/lifecycle/test_dependence.py")
-OF_OBSERVE = (ON_EAGER, "tests/lifecycle/test_observe.py")
-OF_INTERRUPTS = (ON_EAGER, "tests/lifecycle/test_interrupts.py", "-k", "few or every_batch")
-OF_GAP = (ON_EAGER, "tests/lifecycle/test_gap.py")
+OF_SEQUENTIAL = (ON_EAGER, "tests/lifecycle/recalibration/test_sequential.py")
+OF_DEPENDENCE = (ON_EAGER, "tests/lifecycle/recalibration/test_dependence.py")
+OF_OBSERVE = (ON_EAGER, "tests/lifecycle/recalibration/test_observe.py")
+OF_INTERRUPTS = (ON_EAGER, "tests/lifecycle/recalibration/test_interrupts.py", "-k", "few or every_batch")
+OF_GAP = (ON_EAGER, "tests/lifecycle/recalibration/test_gap.py")
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(

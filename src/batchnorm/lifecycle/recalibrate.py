@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.lifecycle.collect import Estimator, Population
-from batchnorm.lifecycle.gap import Gap
-from batchnorm.lifecycle.observe import BUFFERS, Observation
-from batchnorm.lifecycle.passes import Forward, Found, Runner, joint, sequential
 from batchnorm.lifecycle.progress import OnProgress, shown
-from batchnorm.lifecycle.recalibration import LayerStatistics, Order, Recalibration, counted
+from batchnorm.lifecycle.recalibration.collect import Estimator, Population
+from batchnorm.lifecycle.recalibration.gap import Gap
+from batchnorm.lifecycle.recalibration.observe import BUFFERS, Observation
+from batchnorm.lifecycle.recalibration.passes import Forward, Found, Runner, joint, sequential
+from batchnorm.lifecycle.recalibration.report import LayerStatistics, Order, Recalibration, counted
 
 
 def recalibrate(
@@ -60,9 +60,10 @@ def recalibrate(
     sample is left out beside larger batches. The report says so.
 
     Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` (each process measures its own
-    batches) and subclasses, however their modules reach them: see ``lifecycle.observe`` for how, and for what
-    remains unseen. A layer that is used several times in a forward is shown every use. ``num_batches_tracked``
-    becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and reported.
+    batches) and subclasses, however their modules reach them: ``lifecycle.recalibration.observe`` says how, and
+    what remains unseen. A layer that is used several times in a forward is shown every use.
+    ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and
+    reported.
 
     With ``gap_batches``, the train/eval gap is measured on the first so many batches, before and after:
 

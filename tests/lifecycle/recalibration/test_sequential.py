@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm import reference
 from batchnorm.errors import ArgumentError, NonFiniteError
-from batchnorm.lifecycle.passes import groups
+from batchnorm.lifecycle.recalibration.passes import groups
 from batchnorm.reference import Population, mini_batch_statistics
 from model_state import everything
 from tolerances import assert_close, to_float64
@@ -291,6 +291,23 @@ def test_a_layer_used_on_what_it_gave_is_measured_as_in_joint_order() -> None:
     )
 
 
+class Beside(Recurrent):
+    """Another layer that comes later in the forward, and does not depend on the one that is used again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.again(self.again(x))
+        return y + self.after(x)
+
+
+def test_where_such_a_layer_cannot_go_on_the_layers_beside_it_do() -> None:
+    model = randomized(Beside())
+    x = torch.randn(15, 3, dtype=torch.float64)
+    report = bn.recalibrate(model, x.split([8, 6, 1]), order="sequential")
+    assert {name: layer.count for name, layer in report.layers.items()} == {"again": 29, "after": 15}
+    whole = mini_batch_statistics(to_float64(x))
+    assert_exact(model, {"after": Population(whole.mean, reference.unbiased_variance(whole))})
+
+
 def test_the_papers_estimator_works_in_sequential_order_too() -> None:
     model = randomized(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)))
     batches = [torch.randn(n, 3, dtype=torch.float64) for n in (8, 8, 1)]
@@ -380,9 +397,10 @@ def test_a_branch_that_no_batch_reaches_is_left_as_it_was() -> None:
 
 
 def test_groups_come_in_the_order_of_their_dependence() -> None:
-    depends = {"a": set(), "b": {"a"}, "c": {"a", "d"}, "d": {"c"}, "e": {"b", "c"}, "f": {"f"}}
-    assert groups(list(depends), depends) == [
-        {"a": frozenset(), "f": frozenset({"f"})},
-        {"b": frozenset(), "c": frozenset({"c", "d"}), "d": frozenset({"c", "d"})},
-        {"e": frozenset()},
-    ]
+    depends = {"a": set(), "b": {"a"}, "c": {"a", "d"}, "d": {"c"}, "e": {"b", "c"}, "f": {"f"}, "g": {"d"}}
+    for names in itertools.permutations(depends):
+        assert groups(list(names), depends) == [
+            {"a": frozenset(), "f": frozenset({"f"})},
+            {"b": frozenset(), "c": frozenset({"c", "d"}), "d": frozenset({"c", "d"})},
+            {"e": frozenset(), "g": frozenset()},
+        ]

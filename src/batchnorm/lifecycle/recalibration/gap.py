@@ -10,9 +10,9 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.lifecycle.dependence import tensors_in
-from batchnorm.lifecycle.observe import Use
-from batchnorm.lifecycle.passes import Cut, Runner
+from batchnorm.lifecycle.recalibration.dependence import tensors_in
+from batchnorm.lifecycle.recalibration.observe import Use
+from batchnorm.lifecycle.recalibration.passes import Cut, Runner
 from batchnorm.moments import Moments
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.lifecycle.dependence import Dependence
+from batchnorm.lifecycle.recalibration.dependence import Dependence
 from batchnorm.nn import BatchNorm
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

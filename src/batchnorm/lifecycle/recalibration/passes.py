@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.lifecycle.collect import Collected, Estimator, Population
-from batchnorm.lifecycle.dependence import Dependence
-from batchnorm.lifecycle.observe import Observation, OnUse, Use
 from batchnorm.lifecycle.progress import OnProgress
-from batchnorm.lifecycle.recalibration import counted
+from batchnorm.lifecycle.recalibration.collect import Collected, Estimator, Population
+from batchnorm.lifecycle.recalibration.dependence import Dependence
+from batchnorm.lifecycle.recalibration.observe import Observation, OnUse, Use
+from batchnorm.lifecycle.recalibration.report import counted
 from batchnorm.moments import Moments
 
 Forward = Callable[[nn.Module, Any], object]
@@ -183,14 +183,16 @@ class _Pass:
         self._stop = state.stop(group)
         self._spoiled: set[str] = set()
         self._stopped: dict[str, list[int]] = {}
+        # Of the batch at hand: the layers used, and those whose normalizing by the batch came to an end.
         self._uses: list[str] = []
+        self._ended: set[str] = set()
         self._batch = 0
 
     def run(self, batch: Any) -> None:
         dependence = self._runner.observation.dependence
         assert dependence is not None
         dependence.start(batch)
-        self._uses = []
+        self._uses, self._ended = [], set()
         self._batch += 1
         whole, _ = self._runner.run(batch, self._on_use)
         same = whole and not dependence.values_were_read and self.order in (None, self._uses)
@@ -234,13 +236,15 @@ class _Pass:
             return False
         if not depends <= self._group[name]:
             self._spoiled.add(name)
-        if name in self._spoiled:
+        if name in self._spoiled or name in self._ended:
             return False
         found = self.collected[name].add(use, self._batch)
         by_batch = bool(self._group[name])
         if by_batch and found is not None and _too_few(found):
+            # The forward goes on by other statistics, for the layers that do not depend on this one.
             self._stopped.setdefault(name, []).append(self._batch)
-            raise Cut
+            self._ended |= self._group[name]
+            return False
         return by_batch
 
 
@@ -253,14 +257,14 @@ def groups(names: list[str], depends: dict[str, set[str]]) -> list[dict[str, fro
     >>> groups(["a", "b", "c"], {"a": set(), "b": {"a"}, "c": {"a"}})
     [{'a': frozenset()}, {'b': frozenset(), 'c': frozenset()}]
     """
-    closed = {name: {other for other in depends[name] if other in depends} & set(names) for name in names}
+    closed = {name: depends[name] & set(names) for name in names}
     for via in names:
         for name in names:
             if via in closed[name]:
                 closed[name] |= closed[via]
     mutual = {name: frozenset(other for other in closed[name] if name in closed[other]) for name in names}
     level: dict[str, int] = {}
-    for name in sorted(names, key=lambda name: len(closed[name])):
+    for name in sorted(names, key=lambda name: len(closed[name] | {name})):  # what a layer depends on has fewer
         before = closed[name] - mutual[name] - {name}
         level[name] = 1 + max((level[other] for other in before), default=-1)
     found: list[dict[str, frozenset[str]]] = [{} for _ in range(1 + max(level.values(), default=-1))]

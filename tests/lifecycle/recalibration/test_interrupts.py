@@ -17,7 +17,7 @@ from batchnorm.lifecycle import recalibrate as module
 from model_state import everything
 
 ORDERS: list[Any] = ["joint", "sequential"]
-OURS = {str(path) for path in Path(module.__file__).parent.glob("*.py")}
+OURS = {str(path) for path in Path(module.__file__).parent.rglob("*.py")}
 
 
 class Net(nn.Module):

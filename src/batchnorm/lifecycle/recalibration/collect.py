@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.lifecycle.observe import Use
+from batchnorm.lifecycle.recalibration.observe import Use
 from batchnorm.moments import Moments
 
 Estimator = Literal["pooled", "paper"]

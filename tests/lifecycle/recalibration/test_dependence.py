@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.lifecycle.dependence import Dependence, tensors_in
+from batchnorm.lifecycle.recalibration.dependence import Dependence, tensors_in
 
 
 class Pair(nn.Module):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from batchnorm.lifecycle.collect import Estimator
+from batchnorm.lifecycle.recalibration.collect import Estimator
 
 Order = Literal["joint", "sequential"]
 
