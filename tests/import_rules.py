@@ -22,6 +22,7 @@ ROOMS = (
     "moments",
     "kernels",
     "autograd",
+    "checks",
     "functional",
     "nn",
     "lifecycle",

@@ -434,8 +434,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "pool: a block goes to two tensors",
         PAGES,
-        "return blocks[pages].pop()",
-        "return blocks[pages][-1]",
+        "return self._idle[pages].pop()",
+        "return self._idle[pages][-1]",
         OF_PAGES,
     ),
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm import functional, reference
 from batchnorm.kernels import BACKENDS, use_backend
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.eager import Needs, Running
+from batchnorm.kernels.contract import Needs, Running
 from batchnorm.moments import Moments
 from conformance import (
     ACTIVATIONS,

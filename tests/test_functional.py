@@ -349,7 +349,9 @@ def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_without_a_name_is_an_error() -> None:
     with pytest.raises(BackendError) as caught, bn.use_backend("fastest"):
         pass
-    assert str(caught.value) == (f"use_backend: expected one of {list(BACKENDS)}, got 'fastest'. Correct the name.")
+    assert str(caught.value) == (
+        f"use_backend: expected one of {[*BACKENDS, 'composite']}, got 'fastest'. Correct the name."
+    )
 
 
 @pytest.mark.usefixtures("nothing_named")

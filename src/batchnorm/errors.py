@@ -23,6 +23,10 @@ class DtypeError(BatchNormError, RuntimeError):
     """A dtype that cannot be normalized, or dtypes that cannot be combined."""
 
 
+class AutogradError(BatchNormError, RuntimeError):
+    """What autograd or a function transform cannot do here."""
+
+
 class BackendError(BatchNormError, RuntimeError):
     """A backend that was named outright and cannot serve."""
 

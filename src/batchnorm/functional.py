@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import kernels
 from batchnorm.autograd import Call, differentiated, operators
-from batchnorm.errors import ArgumentError, DtypeError, MismatchError, NonFiniteError, expected
-from batchnorm.kernels import eager
+from batchnorm.checks import EVERYWHERE, Places, check, check_out, check_places, check_residual
+from batchnorm.errors import AutogradError, expected
+from batchnorm.kernels import composite, layout
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.eager import Running, update
-from batchnorm.moments import Moments, broadcast_weights, combine_weights
+from batchnorm.kernels.contract import Kernel, Running, count_of, moments_from
+from batchnorm.moments import Moments
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FLOAT32 = torch.float32
-WIDE = (torch.float32, torch.float64)
+
+class Population(NamedTuple):
+    """The statistics of inference: constants."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Sink(Protocol):
+    """Where the batch's moments go."""
+
+    @property
+    def running(self) -> Running | None:
+        """The running statistics that ``take`` may write."""
+
+    def take(self, found: Moments) -> None:
+        """Called once the result is known. May raise; then nothing must have been changed."""
+
+
+class Batch(NamedTuple):
+    """The statistics of training: those of the batch. ``Running`` follows them inside the kernel."""
+
+    sink: Running | Sink | None = None
 
 
 def batch_norm(
@@ -54,8 +77,7 @@ def batch_norm(
     The first eight arguments are those of ``torch.nn.functional.batch_norm``.
 
     Arguments:
-        input: shape (N, C, ...), float32, float64, bfloat16 or float16, in any memory layout, which the
-            result keeps
+        input: shape (N, C, ...), float32, float64, bfloat16 or float16, in any memory layout
         running_mean, running_var: shape (C,), updated in place in training; both or neither
         weight, bias: shape (C,), of the input's dtype, or float32 beside a 16-bit input
         momentum: weight of the NEW batch, as in PyTorch. Keras, Flax and the paper's notes give the weight
@@ -69,14 +91,17 @@ def batch_norm(
         out: receives the result of inference; may be ``input`` or ``residual`` itself. Not differentiable
 
     Returns:
-        a tensor of input's shape, dtype and memory layout, differentiable any number of times in input,
-        weight, bias, residual and sample_weight
+        a tensor of input's shape and dtype, in the channels_last memory format where the input's strides suggest it,
+        else contiguous, as in PyTorch; differentiable any number of times in input, weight, bias, residual and
+        sample_weight
 
     Raises:
         ArgumentError (a ValueError): one value a channel in training; eps not positive in training; a
             shape or name outside the above
         MismatchError (a RuntimeError): sizes or devices that do not fit together
         DtypeError (a RuntimeError): dtypes that cannot be normalized or combined
+        AutogradError (a RuntimeError): running statistics that require grad, or that a function transform would have
+            to write although they were not passed into it
         Nothing is changed when an error is raised.
 
     >>> import torch
@@ -88,30 +113,39 @@ def batch_norm(
     >>> mean, var
     (tensor([1.0000, 2.5000]), tensor([1.5000, 0.5000]))
     """
+    if type(input) is not Tensor and has_torch_function_variadic(
+        input, running_mean, running_var, weight, bias, mask, sample_weight, residual, out
+    ):
+        result: Tensor = handle_torch_function(
+            batch_norm, (input, running_mean, running_var, weight, bias, mask, sample_weight, residual, out),
+            input, running_mean, running_var, weight, bias, training, momentum, eps, mask=mask,
+            sample_weight=sample_weight, residual=residual, activation=activation, negative_slope=negative_slope,
+            out=out,
+        )  # fmt: skip
+        return result
     act = activation_by_name(activation, negative_slope)
-    check_input("batch_norm", input)
-    if training:
-        check_batch_size(input)
-        check_eps(eps)
-    check_statistics("batch_norm", input, running_mean, running_var, training)
-    check_parameters("batch_norm", input, weight, bias)
+    if input.dim() == 1 and input.numel() == 0:
+        # PyTorch takes an empty vector for an input without channels.
+        return batch_norm(
+            input.reshape(0, 0), running_mean, running_var, weight, bias, training, momentum, eps
+        ).reshape(0)  # fmt: skip
+    check("batch_norm", input, weight, bias, running_mean, running_var, eps, by_batch=training)
+    places = EVERYWHERE
     if mask is not None or sample_weight is not None:
-        mask, sample_weight = check_weights(input, mask, sample_weight, training)
+        places = check_places("batch_norm", input, mask, sample_weight, by_batch=training)
     if residual is not None:
         residual = check_residual("batch_norm", input, residual)
     if out is not None:
         check_out(input, (weight, bias, residual), out, training)
-    running = None
-    population = None
+    statistics: Population | Batch
     if not training:
         assert running_mean is not None and running_var is not None
-        population = (running_mean, running_var)
+        statistics = Population(running_mean, running_var)
     elif running_mean is not None and running_var is not None and input.numel() > 0:
-        running = Running(running_mean, running_var, momentum)
-    return run(
-        input, weight, bias, eps, population=population, running=running, mask=mask, sample_weight=sample_weight,
-        residual=residual, activation=act, out=out,
-    )  # fmt: skip
+        statistics = Batch(Running(running_mean, running_var, momentum))
+    else:
+        statistics = Batch()
+    return run(input, weight, bias, eps, statistics, act, residual, places, out)
 
 
 def run(
@@ -119,37 +153,68 @@ def run(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    *,
-    population: tuple[Tensor, Tensor] | None,
-    running: Running | None,
+    statistics: Population | Batch,
     activation: Activation,
     residual: Tensor | None = None,
-    mask: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    batch: Tensor | None = None,
+    places: Places = EVERYWHERE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``batch_norm`` on arguments that are known to be right.
+    """``batch_norm`` on arguments that were checked."""
+    if torch.compiler.is_compiling():
+        if _is_exporting() or type(x) is not Tensor:
+            return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
+        return _by_operators(x, weight, bias, eps, statistics, activation, residual, places, out)
+    mask, sample_weight = places
+    if isinstance(statistics, Population):
+        mean, var = statistics
+        kernel = kernels.choose(
+            x, weight, bias, mean, var, residual, out, activation=activation, mask=mask, sample_weight=sample_weight
+        )
+        if kernel is None:
+            return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
+        if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
+            return differentiated(
+                x, weight, bias, residual, None, Call(kernel, eps, activation, mask, statistics)
+            )  # fmt: skip
+        return _inferred(kernel, x, weight, bias, eps, mean, var, activation, residual, mask, out)
 
-    ``population`` gives the statistics of inference, ``batch`` those of training where they were already
-    found (mean and biased variance, (2, channels)); with neither they are found here and ``running`` follows.
-    """
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        return run_traced(
-            x, weight, bias, eps, population, running, activation, residual, mask, sample_weight, batch, out
-        )
-    kernel = kernels.choose(x, activation=activation, mask=mask, sample_weight=sample_weight)
+    sink = statistics.sink
+    fused = sink if isinstance(sink, Running) else None
+    running = fused if fused is not None or sink is None else sink.running  # type: ignore[union-attr]
+    written = () if running is None else (running.mean, running.var, running.batches)
+    kernel = kernels.choose(
+        x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight
+    )
+    if kernel is None:
+        return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, sample_weight):
-        return differentiated(
-            x, weight, bias, residual, sample_weight, Call(kernel, eps, activation, mask, population, batch, running)
-        )
-    if population is None and batch is None:
-        y: Tensor = kernel.forward(
+        call = Call(kernel, eps, activation, mask, None, fused)
+        y = differentiated(x, weight, bias, residual, sample_weight, call)
+        stats = call.stats
+    else:
+        y, stats = kernel.forward(
             x, weight, bias, eps, residual=residual, activation=activation, mask=mask, sample_weight=sample_weight,
-            running=running,
-        )[0]  # fmt: skip
-        return y
-    mean, var = population if population is not None else (batch[0], batch[1])  # type: ignore[index]
+            running=fused,
+        )  # fmt: skip
+    if sink is not None and not isinstance(sink, Running):
+        assert stats is not None
+        sink.take(moments_from(stats, count_of(x, mask, sample_weight)))
+    return y
+
+
+def _inferred(
+    kernel: Kernel,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    var: Tensor,
+    activation: Activation,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
     if out is not None:
         # A kernel may write before it has read all: only the very places of the input may be written over.
         if _share_memory(x, out) and (x.data_ptr(), x.stride()) != (out.data_ptr(), out.stride()):
@@ -157,187 +222,140 @@ def run(
         if residual is not None and _share_memory(residual, out):
             residual = residual.clone()
     y = kernel.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask, out=out)
+    if out is not None:
+        # Kernels write by address: autograd has to learn that what it may have kept is gone.
+        torch.autograd.graph.increment_version(out)
     return y
 
 
-def run_traced(
+def _composite(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    population: tuple[Tensor, Tensor] | None,
-    running: Running | None,
+    statistics: Population | Batch,
     activation: Activation,
     residual: Tensor | None,
-    mask: Tensor | None,
-    sample_weight: Tensor | None,
-    batch: Tensor | None,
+    places: Places,
     out: Tensor | None,
 ) -> Tensor:
-    """``run`` where a compiler looks on: the same by operators it can record."""
-    options = (eps, activation.name, activation.negative_slope)
-    if population is not None:
-        y: Tensor = operators.infer(x, *population, weight, bias, residual, mask, *options)
+    """``run`` in ordinary operations."""
+    sink = None if isinstance(statistics, Population) else statistics.sink
+    population = statistics if isinstance(statistics, Population) else None
+    if _has_to_be_recognized(x) and places == EVERYWHERE and (sink is None or _follows_plainly(sink)):
+        y = _standard(x, weight, bias, eps, population, sink, activation, residual)
         return y if out is None else out.copy_(y)
-    # Measured again where ``batch`` was given: statistics that the gradient flows through have to be found inside.
+    wide, found = composite.normalized(
+        x, weight, bias, eps, population=population, residual=residual, activation=activation, mask=places.mask,
+        sample_weight=places.sample_weight,
+    )  # fmt: skip
+    y = wide.to(x.dtype)
+    if out is not None:
+        return out.copy_(y)
+    if not torch._C._are_functorch_transforms_active():  # there strides are an inner matter
+        y = y.contiguous(memory_format=layout.format_of(x))
+    if sink is not None and found is not None:
+        _give(sink, found.detach())
+    return y
+
+
+def _follows_plainly(sink: Running | Sink) -> bool:
+    return isinstance(sink, Running) and not isinstance(sink.factor, Tensor)
+
+
+def _standard(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    population: Population | None,
+    sink: Running | Sink | None,
+    activation: Activation,
+    residual: Tensor | None,
+) -> Tensor:
+    mean, var = population if population is not None else (None, None)
+    momentum = 0.0
+    if sink is not None:
+        assert isinstance(sink, Running) and not isinstance(sink.factor, Tensor)
+        mean, var, momentum = sink.mean, sink.var, sink.factor
+        if sink.batches is not None:
+            sink.batches.add_(1)
+    return composite.standard(
+        x, weight, bias, eps, mean=mean, var=var, training=population is None, momentum=momentum, residual=residual,
+        activation=activation,
+    )  # fmt: skip
+
+
+def _give(sink: Running | Sink, found: Moments) -> None:
+    take = sink.update if isinstance(sink, Running) else sink.take
+    try:
+        take(found)
+    except RuntimeError as error:
+        if not torch._C._are_functorch_transforms_active() or isinstance(error, AutogradError):
+            raise
+        todo = (
+            "Pass the buffers into the transformed function and use torch.func.functional_call, or normalize by "
+            "running statistics with eval()."
+        )
+        invariant = "running statistics that were passed into the function transform"
+        got = "captured ones, which it cannot write"
+        raise AutogradError(expected("batch_norm", invariant, got, todo)) from error
+
+
+def _by_operators(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistics: Population | Batch,
+    activation: Activation,
+    residual: Tensor | None,
+    places: Places,
+    out: Tensor | None,
+) -> Tensor:
+    """``run`` where torch.compile looks on: the same by operators it can record."""
+    mask, sample_weight = places
+    options = (eps, activation.name, activation.negative_slope)
+    if isinstance(statistics, Population):
+        y: Tensor = operators.infer(x, *statistics, weight, bias, residual, mask, *options)
+        return y if out is None else out.copy_(y)
     y, stats = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
-    if running is not None and batch is None:
-        count = eager.count_of(x, mask, sample_weight)
-        if not isinstance(count, Tensor):
-            count = torch.full_like(stats[0], count)
-        update(running, Moments(count, stats[0], stats[1] * count))
+    sink = statistics.sink
+    if sink is not None:
+        found = moments_from(stats, count_of(x, mask, sample_weight))
+        if isinstance(sink, Running):
+            sink.update(found)
+        else:
+            sink.take(found)
     return y
 
 
 def batch_moments(x: Tensor, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
     """The batch's moments by the kernel that ``run`` would use, without a graph."""
     with torch.no_grad():
-        kernel = kernels.choose(x, mask=mask, sample_weight=sample_weight)
-        found: Moments = kernel.moments(x, mask=mask, sample_weight=sample_weight)
-    return found
+        kernel = None
+        if not torch.compiler.is_compiling():
+            kernel = kernels.choose(x, mask=mask, sample_weight=sample_weight)
+        if kernel is None:
+            return Moments.from_tensor(x, mask=mask, sample_weight=sample_weight)
+        return kernel.moments(x, mask=mask, sample_weight=sample_weight)
 
 
-def nonfinite_channels(found: Moments, running: Running | None) -> list[int]:
-    """Channels whose batch mean or variance is Inf or NaN, in the dtype that running statistics have."""
-    mean, var = found.mean, found.variance()
-    if running is not None:
-        mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
-    bad = ~(torch.isfinite(mean) & torch.isfinite(var))
-    return [int(c) for c in bad.nonzero()]
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
-def is_usual(
-    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
-) -> bool:
-    """Whether one quick look says that none of the checks below has anything to say, in training or out of it."""
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if len(shape) < 2 or x.numel() <= shape[1] or dtype not in FLOATING or eps <= 0.0 or mean is None or var is None:
+def _has_to_be_recognized(x: Tensor) -> bool:
+    """True where only PyTorch's own operator for batch normalization is of use."""
+    if _is_exporting() or x.layout is not torch.strided:
+        return True
+    if torch.compiler.is_compiling():
         return False
-    channels = shape[1]
-    for t in (mean, var, weight, bias):
-        if t is None:
-            continue
-        other = t.dtype
-        if t.numel() != channels or t.device != device or (other != dtype and (other != FLOAT32 or dtype in WIDE)):
-            return False
-    return True
-
-
-def check_input(function: str, x: Tensor) -> None:
-    if x.dtype not in FLOATING:
-        todo = "Convert it first, e.g. input.float(); complex values can be normalized as two real channels."
-        raise DtypeError(expected(function, f"an input of dtype {_names(FLOATING)}", x.dtype, todo))
-    if x.dim() < 2:
-        todo = "Add the missing dimension, e.g. input.unsqueeze(0)."
-        raise ArgumentError(expected(function, "an input of shape (N, C, ...)", f"shape {tuple(x.shape)}", todo))
-
-
-def check_batch_size(x: Tensor) -> None:
-    """torch's own message for a batch of one value a channel, on which libraries match."""
-    if x.shape[1] and x.numel() == x.shape[1]:
-        raise ArgumentError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-
-
-def check_eps(eps: float) -> None:
-    if eps <= 0.0:
-        raise ArgumentError(f"batch_norm eps must be positive during training, but got {eps}")
-
-
-def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool) -> None:
-    if (mean is None) != (var is None):
-        raise ArgumentError("running_mean and running_var must either both be None or neither be None")
-    if mean is None or var is None:
-        if not training:
-            raise MismatchError("running_mean must be defined in evaluation mode")
-        return
-    for name, r in (("running_mean", mean), ("running_var", var)):
-        _check_channels(function, x, name, r)
-        if x.dtype == torch.float64 and r.dtype != torch.float64:
-            raise DtypeError(_dtype_message(function, name, x, r))
-
-
-def check_parameters(function: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Sizes, devices and dtypes of weight and bias: the input's dtype, or float32 beside 16 bits."""
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is None:
-            continue
-        _check_channels(function, x, name, p)
-        if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype.itemsize == 2):
-            raise DtypeError(_dtype_message(function, name, x, p))
-
-
-def check_weights(
-    x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, training: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and weights with x's rank, after a look at their dtypes, shapes and values."""
-    combined = combine_weights("batch_norm", x, mask, sample_weight)
-    if sample_weight is not None:
-        if not sample_weight.is_floating_point():
-            sample_weight = sample_weight.to(torch.float32)
-        if bool((sample_weight.detach() < 0).any()) or not bool(torch.isfinite(sample_weight.detach()).all()):
-            todo = "Clip or drop the others."
-            raise ArgumentError(expected("batch_norm", "finite sample weights of 0 or more", "others", todo))
-        sample_weight = broadcast_weights("batch_norm", "sample_weight", x, sample_weight)
-    if mask is not None:
-        mask = broadcast_weights("batch_norm", "mask", x, mask)
-    if training and combined is not None and x.numel():
-        count = eager.count_of(x, mask, sample_weight)
-        least = float(count.detach().min()) if isinstance(count, Tensor) else count
-        if least <= 1:
-            todo = "Leave such a batch out, or give it more present values."
-            invariant = "more than 1 present value per channel when training (the sum of the weights)"
-            raise ArgumentError(expected("batch_norm", invariant, f"{least:g}", todo))
-    return mask, sample_weight
-
-
-def check_residual(function: str, x: Tensor, residual: Tensor) -> Tensor:
-    try:
-        residual = residual.expand(x.shape)
-    except RuntimeError:
-        invariant, todo = (
-            f"a residual that broadcasts to {tuple(x.shape)}",
-            "Reshape or project the residual.",
-        )
-        raise MismatchError(expected(function, invariant, f"shape {tuple(residual.shape)}", todo)) from None
-    if residual.dtype != x.dtype or residual.device != x.device:
-        got, todo = f"{residual.dtype} on {residual.device}", "Convert it with residual.to(input)."
-        raise DtypeError(expected(function, f"a residual of {x.dtype} on {x.device}", got, todo))
-    return residual
-
-
-def check_out(x: Tensor, others: tuple[Tensor | None, ...], out: Tensor, training: bool) -> None:
-    if training:
-        todo = "Leave out= away in training: backward needs the input."
-        raise ArgumentError(expected("batch_norm", "out= in inference only", "training=True", todo))
-    if torch.is_grad_enabled() and _any_requires_grad(x, *others):
-        todo = "Call it under torch.no_grad(), or leave out= away."
-        raise MismatchError(expected("batch_norm", "no gradient to flow beside out=", "one that would", todo))
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-        invariant = f"out of shape {tuple(x.shape)}, {x.dtype} on {x.device}"
-        got = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
-        raise MismatchError(expected("batch_norm", invariant, got, "Give torch.empty_like(input)."))
-
-
-def raise_nonfinite(where: str, channels: list[int], batch: int | None) -> None:
-    """The error of ``nonfinite="raise"``."""
-    shown = ", ".join(str(c) for c in channels[:8]) + (", ..." if len(channels) > 8 else "")
-    at = "" if batch is None else f" of batch {batch}"
-    got = f"Inf or NaN in channel{'s' if len(channels) > 1 else ''} {shown}{at}"
-    todo = 'Look at the layers before it, lower the learning rate, or drop such batches with nonfinite="skip".'
-    raise NonFiniteError(expected(where, "finite values", got, todo))
-
-
-def _check_channels(function: str, x: Tensor, name: str, t: Tensor) -> None:
-    if t.numel() != x.shape[1]:
-        raise MismatchError(f"{name} should contain {x.shape[1]} elements not {t.numel()}")
-    if t.device != x.device:
-        todo = f"Move one of them, e.g. module.to({str(x.device)!r})."
-        raise MismatchError(expected(function, f"{name} on {x.device}, where the input is", t.device, todo))
-
-
-def _dtype_message(function: str, name: str, x: Tensor, t: Tensor) -> str:
-    todo = "Cast one of them, e.g. module.double() or input.float()."
-    return expected(function, f"{name} of a dtype that goes with an input of {x.dtype}", t.dtype, todo)
+    # ``functionalize`` writes captured statistics through this operator, and through no other.
+    level = torch._C._functorch.peek_interpreter_stack()
+    functionalizing = level is not None and level.key() == torch._C._functorch.TransformType.Functionalize
+    making_fx = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return functionalizing or making_fx or torch._C._get_tracing_state() is not None
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -349,7 +367,3 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
         if t is not None and t.requires_grad:
             return True
     return False
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

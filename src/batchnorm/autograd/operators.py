@@ -9,15 +9,15 @@ Backward is an operator of its own without a derivative: differentiating it agai
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.kernels import layout
+from batchnorm.kernels import eager, layout
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.eager import Needs
+from batchnorm.kernels.contract import Kernel, Needs, kept
 from batchnorm.moments import statistics_dtype
 
 
@@ -35,11 +35,10 @@ def train(
 ) -> tuple[Tensor, Tensor]:
     """y, and the batch's mean and biased variance, (2, channels)."""
     act = Activation(activation, negative_slope)
-    kernel = kernels.choose(x, activation=act, mask=mask, sample_weight=sample_weight)
-    y, stats = kernel.forward(
+    kernel = _kernel(x, weight, bias, residual, activation=act, mask=mask, sample_weight=sample_weight)
+    return kernel.forward(
         x, weight, bias, eps, residual=residual, activation=act, mask=mask, sample_weight=sample_weight
     )
-    return y, stats
 
 
 @train.register_fake
@@ -62,9 +61,8 @@ def infer(
 ) -> Tensor:
     """y by the given mean and variance."""
     act = Activation(activation, negative_slope)
-    kernel = kernels.choose(x, activation=act, mask=mask)
-    y: Tensor = kernel.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=act, mask=mask)
-    return y
+    kernel = _kernel(x, mean, var, weight, bias, residual, activation=act, mask=mask)
+    return kernel.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=act, mask=mask)
 
 
 @infer.register_fake
@@ -91,7 +89,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and the residual's gradient; without elements where not needed."""
     act = Activation(activation, negative_slope)
-    kernel = kernels.choose(x, activation=act, mask=mask, sample_weight=sample_weight)
+    kernel = _kernel(
+        x, dy, stats, weight, bias, residual, y, activation=act, mask=mask, sample_weight=sample_weight
+    )  # fmt: skip
     grads = kernel.backward(
         dy, x, stats, eps, weight, bias, training=training, residual=residual, y=y, activation=act, mask=mask,
         sample_weight=sample_weight, needs=Needs(*needs),
@@ -133,51 +133,58 @@ def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     x, weight, bias, residual, mask, sample_weight, *options = inputs
     y, stats = output
     ctx.mark_non_differentiable(stats)
-    activation = Activation(*options[1:])
-    sign_of_y = activation.sign_survives and residual is not None
-    keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
-    ctx.save_for_backward(
-        x, weight, bias, residual if keep_residual else None, y if sign_of_y else None, mask, sample_weight, stats
-    )
-    ctx.options = options
-    ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
-    ctx.residual_is_dy = _is_dy(activation.name, mask)
+    _save(ctx, x, weight, bias, residual, mask, sample_weight, y, stats, options, training=True)
 
 
 def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, residual, y, mask, sample_weight, stats = ctx.saved_tensors
+    sample_weight = ctx.saved_tensors[-1]
     if sample_weight is not None and sample_weight.requires_grad:
         raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")
-    grads = _gradients(ctx, dy, x, stats, weight, bias, residual, y, mask, sample_weight, training=True)
-    return (*grads, None, None, None, None, None)
+    return (*_gradients(ctx, dy, training=True), None, None, None, None, None)
 
 
 def _save_infer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, var, weight, bias, residual, mask, *options = inputs
-    activation = Activation(*options[1:])
-    sign_of_y = activation.sign_survives
-    keep_x = _asks(weight) or not (activation.name == "identity" or sign_of_y)
-    keep_residual = residual is not None and activation.name != "identity" and not sign_of_y
-    # Copies: the running statistics may move on before backward.
-    ctx.save_for_backward(
-        x if keep_x else None, weight, bias, residual if keep_residual else None, output if sign_of_y else None, mask,
-        torch.stack((mean, var)),
-    )  # fmt: skip
-    ctx.options = options
-    ctx.needs = (x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
-    ctx.residual_is_dy = _is_dy(activation.name, mask)
+    # A copy: the running statistics may move on before backward.
+    stats = torch.stack((mean, var))
+    _save(ctx, x, weight, bias, residual, mask, None, output, stats, options, training=False)
 
 
 def _differentiate_infer(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, residual, y, mask, stats = ctx.saved_tensors
-    # Frozen: the gradient looks at dy and at the sign of y, never at the values of x.
-    x = dy if x is None else x
-    dx, dweight, dbias, dresidual = _gradients(ctx, dy, x, stats, weight, bias, residual, y, mask, None, training=False)
+    dx, dweight, dbias, dresidual = _gradients(ctx, dy, training=False)
     return (dx, None, None, dweight, dbias, dresidual, None, None, None, None)
 
 
 train.register_autograd(_differentiate_train, setup_context=_save_train)
 infer.register_autograd(_differentiate_infer, setup_context=_save_infer)
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    options: list[Any],
+    *,
+    training: bool,
+) -> None:
+    activation = Activation(*options[1:])
+    needs = Needs(x.requires_grad, _asks(weight), _asks(bias), _asks(residual))
+    keep_x, _, keep_residual, keep_y = kept(
+        activation, training=training, needs=needs, residual=residual is not None
+    )  # fmt: skip
+    ctx.save_for_backward(
+        x if keep_x else None, weight, bias, residual if keep_residual else None, y if keep_y else None, stats, mask,
+        sample_weight,
+    )  # fmt: skip
+    ctx.options = options
+    ctx.needs = needs
+    ctx.residual_is_dy = _is_dy(activation.name, mask)
 
 
 def _asks(t: Tensor | None) -> bool:
@@ -189,12 +196,23 @@ def _is_dy(activation: str, mask: Tensor | None) -> bool:
     return activation == "identity" and mask is None
 
 
-def _gradients(ctx: Any, dy: Tensor, *given: Tensor | None, training: bool) -> list[Tensor | None]:
+def _gradients(ctx: Any, dy: Tensor, *, training: bool) -> list[Tensor | None]:
     """dx, dweight, dbias and the residual's gradient, each None where not needed."""
+    x, weight, bias, residual, y, stats, mask, sample_weight = ctx.saved_tensors
+    # Frozen: the gradient looks at dy and at the sign of y, never at the values of x.
+    x = dy if x is None else x
     needs = list(ctx.needs)
     if ctx.residual_is_dy:
         needs[3] = False  # the operator would have to copy it
-    grads = [g if n else None for g, n in zip(backward(dy, *given, *ctx.options, training, needs), needs, strict=True)]
+    found = backward(
+        dy, x, stats, weight, bias, residual, y, mask, sample_weight, *ctx.options, training, needs
+    )  # fmt: skip
+    grads = [g if n else None for g, n in zip(found, needs, strict=True)]
     if ctx.needs[3] and ctx.residual_is_dy:
         grads[3] = dy
     return grads
+
+
+def _kernel(x: Tensor, *beside: Tensor | None, **call: Any) -> Kernel:
+    """The kernel of the call. ``eager`` is made of ordinary operations, and serves where no kernel may run."""
+    return kernels.choose(x, *beside, **call) or cast(Kernel, eager)

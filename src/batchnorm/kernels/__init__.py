@@ -1,7 +1,8 @@
 """Which kernel runs: ``choose`` takes the fastest that serves, ``explain`` says why each other one does not.
 
-A backend is a module with the functions that ``eager`` documents. It is imported on first use, may be
-missing, and is never replaced silently: a backend that was named and cannot serve raises.
+A backend is a module with the functions of ``contract.Kernel``. It is imported on first use, may be missing, and is
+never replaced silently: a backend that was named and cannot serve raises. Backends run on plain tensors only
+(``plain``); every other call is made of ordinary PyTorch operations (``composite``).
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BackendError, DtypeError, expected
-from batchnorm.kernels import eager
+from batchnorm.kernels import plain
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.kernels.contract import Kernel
 
-# Fastest first. The last one serves everything.
+# Fastest first. The last one serves all plain tensors.
 BACKENDS: dict[str, str] = {"cpu": "batchnorm.kernels.cpu", "eager": "batchnorm.kernels.eager"}
+
+COMPOSITE = "composite"
+"""The name of what serves where no backend may run: ordinary PyTorch operations."""
 
 _named: ContextVar[str | None] = ContextVar("batchnorm_backend", default=None)
 
@@ -34,7 +39,7 @@ class Explanation:
     """What ``explain`` found: the backend that runs, and the reason against each other one.
 
     Arguments:
-        backend: name of the kernel that runs
+        backend: name of the kernel that runs, or "composite"
         reasons: for each known backend, in order of preference, why it does not run; None for the one that does
         named: whether it was named by ``use_backend`` or BATCHNORM_BACKEND rather than chosen
     """
@@ -51,34 +56,49 @@ class Explanation:
 
 def choose(
     x: Tensor,
-    *,
+    *beside: Tensor | None,
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
-) -> ModuleType:
-    """The fastest backend that serves this call.
+) -> Kernel | None:
+    """The fastest backend that serves this call; None where it has to be made of ordinary operations.
+
+    ``beside`` are the other tensors of the call: parameters, statistics, residual, gradients.
 
     Raises:
         BackendError: a backend was named outright that is unknown or cannot serve; the message names those that can
     """
-    name = _named.get() or _from_environment()
-    if name is None:
-        for candidate in BACKENDS:
-            kernel = _load(candidate)
-            if isinstance(kernel, ModuleType):
-                why = kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight)
-                if why is None:
-                    return kernel
-        return eager
-    found = _load(name)
-    why = found if isinstance(found, str) else found.supports(
-        x, activation=activation, mask=mask, sample_weight=sample_weight
-    )  # fmt: skip
-    if isinstance(found, str) or why is not None:
-        able = [n for n, reason in _reasons(x, activation, mask, sample_weight).items() if reason is None]
+    named = _named.get() or _from_environment()
+    if named is not None:
+        return _named_backend(named, x, beside, activation, mask, sample_weight)
+    if not plain.is_plain(x, mask, sample_weight, *beside):
+        return None
+    for candidate in BACKENDS:
+        kernel = _load(candidate)
+        if not isinstance(kernel, str):
+            why = kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight)
+            if why is None:
+                return kernel
+    raise AssertionError("the last backend serves every plain tensor")
+
+
+def _named_backend(
+    name: str,
+    x: Tensor,
+    beside: tuple[Tensor | None, ...],
+    activation: Activation,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Kernel | None:
+    if name == COMPOSITE:
+        return None
+    others = {f"tensor {i} beside it": t for i, t in enumerate(beside)}
+    reasons = _reasons(x, activation, mask, sample_weight, others)
+    if reasons[name] is not None:
+        able = [n for n, reason in reasons.items() if reason is None]
         todo = f"Name one of {able}, or none to let the library choose."
-        raise BackendError(expected("choose", "a backend that serves this input", f"{name!r}: {why}", todo))
-    return found
+        raise BackendError(expected("choose", "a backend that serves this input", f"{name!r}: {reasons[name]}", todo))
+    return cast(Kernel, _load(name))
 
 
 def explain(
@@ -91,18 +111,28 @@ def explain(
 ) -> Explanation:
     """Which backend runs for such a call, and why each other one does not.
 
+    "composite" is no kernel: the call is made of ordinary PyTorch operations, because the input is no plain tensor
+    (meta, DTensor, mkldnn, ...) or a mode, tracer or function transform looks on.
+
     >>> import torch
     >>> print(explain(torch.randn(8, 3)).backend in BACKENDS)
     True
+    >>> print(explain(torch.empty(8, 3, device="meta")))
+    composite: runs
+    cpu: the input is on the meta device
+    eager: the input is on the meta device
     """
     act = activation_by_name(activation, negative_slope)
-    chosen = choose(x, activation=act, mask=mask, sample_weight=sample_weight).NAME
-    reasons = _reasons(x, act, mask, sample_weight)
-    named = (_named.get() or _from_environment()) is not None
+    named = _named.get() or _from_environment()
+    kernel = choose(x, activation=act, mask=mask, sample_weight=sample_weight)
+    chosen = COMPOSITE if kernel is None else kernel.NAME
+    reasons = _reasons(x, act, mask, sample_weight, {})
+    if kernel is not None:
+        del reasons[COMPOSITE]
     for name, why in reasons.items():
         if why is None and name != chosen:
-            reasons[name] = "serves, but another was named" if named else f"serves, but {chosen} is preferred"
-    return Explanation(chosen, reasons, named)
+            reasons[name] = f"serves, but {'another was named' if named is not None else chosen + ' is preferred'}"
+    return Explanation(chosen, reasons, named is not None)
 
 
 @contextmanager
@@ -146,10 +176,12 @@ def warmup(what: nn.Module | Sequence[torch.dtype] = (torch.float32,), *, masks:
     19
     """
     dtypes = _dtypes_in(what) if isinstance(what, nn.Module) else what
-    cpu = _load("cpu")
-    if isinstance(cpu, str):
+    why = _load("cpu")
+    if isinstance(why, str):
         todo = "Install it, or go on without: the plain PyTorch kernel needs no warming up."
-        raise BackendError(expected("warmup", "the CPU kernels", cpu, todo))
+        raise BackendError(expected("warmup", "the CPU kernels", why, todo))
+    from batchnorm.kernels import cpu
+
     known = list(cpu.plan.DTYPES)
     for dtype in dtypes:
         if dtype not in known:
@@ -164,15 +196,24 @@ def _dtypes_in(model: nn.Module) -> list[torch.dtype]:
 
 
 def _reasons(
-    x: Tensor, activation: Activation, mask: Tensor | None, sample_weight: Tensor | None
+    x: Tensor,
+    activation: Activation,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    others: dict[str, Tensor | None],
 ) -> dict[str, str | None]:
+    """Why each backend cannot serve, None for those that can."""
+    not_plain = plain.why_not(**{"the input": x, "the mask": mask, "sample_weight": sample_weight, **others})
     reasons: dict[str, str | None] = {}
     for name in BACKENDS:
         kernel = _load(name)
-        reasons[name] = kernel if isinstance(kernel, str) else kernel.supports(
-            x, activation=activation, mask=mask, sample_weight=sample_weight
-        )  # fmt: skip
-    return reasons
+        if isinstance(kernel, str):
+            reasons[name] = kernel
+        else:
+            reasons[name] = not_plain or kernel.supports(
+                x, activation=activation, mask=mask, sample_weight=sample_weight
+            )
+    return reasons | {COMPOSITE: None}
 
 
 def _from_environment() -> str | None:
@@ -182,19 +223,19 @@ def _from_environment() -> str | None:
 
 
 def _known(function: str, name: str) -> None:
-    if name not in BACKENDS:
-        todo = "Correct the name."
-        raise BackendError(expected(function, f"one of {list(BACKENDS)}", repr(name), todo))
+    known = [*BACKENDS, COMPOSITE]
+    if name not in known:
+        raise BackendError(expected(function, f"one of {known}", repr(name), "Correct the name."))
 
 
-_loaded: dict[str, ModuleType | str] = {}
+_loaded: dict[str, Kernel | str] = {}
 
 
-def _load(name: str) -> ModuleType | str:
+def _load(name: str) -> Kernel | str:
     """The backend's module, or why it cannot be imported (installed and broken counts)."""
     if name not in _loaded:
         try:
-            _loaded[name] = importlib.import_module(BACKENDS[name])
+            _loaded[name] = cast(Kernel, importlib.import_module(BACKENDS[name]))
         except (ImportError, OSError) as error:
             _loaded[name] = f"cannot be imported: {error}"
     return _loaded[name]

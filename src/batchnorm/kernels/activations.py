@@ -43,9 +43,12 @@ class Activation:
         """dy · act'(z). For relu and leaky_relu only the sign of ``z`` is looked at."""
         if self.name == "identity":
             return dy
-        if self.name in ("relu", "leaky_relu"):
-            # As torch's: the derivative at 0 is the one of the negative side; a NaN passes dy on.
-            return torch.where(z <= 0, dy * self.negative_slope if self.negative_slope else torch.zeros_like(dy), dy)
+        # As torch's: the derivative at 0 is the one of the negative side. A NaN passes dy on in relu, and is on the
+        # negative side in leaky_relu.
+        if self.name == "relu":
+            return torch.where(z <= 0, torch.zeros_like(dy), dy)
+        if self.name == "leaky_relu":
+            return torch.where(z > 0, dy, dy * self.negative_slope)
         return dy * _DERIVATIVE[self.name](z)
 
 

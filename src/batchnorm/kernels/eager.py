@@ -1,6 +1,6 @@
-"""Plain PyTorch: every device and dtype, and the formula that autograd can differentiate any number of times.
+"""Plain PyTorch, for every device and dtype.
 
-The functions of a kernel, over a tensor of any rank with channels in dimension 1, seen as
+The functions of a kernel (``contract.Kernel``), over a tensor of any rank with channels in dimension 1, seen as
 (outer, channel, inner). On the CPU each sweep goes part by part, so that what it needs beside its result
 stays in cache. Three points keep the digits:
 
@@ -20,30 +20,10 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.contract import INPUT_ONLY, Needs, Running, count_of
 from batchnorm.moments import Moments, Room, counted, cut, moments_of_view, statistics_dtype
 
 NAME = "eager"
-
-
-class Running(NamedTuple):
-    """Running statistics that a forward updates: r ← r + factor·(batch − r). The counter goes up with them."""
-
-    mean: Tensor  # (channels,), the dtype it is kept in
-    var: Tensor  # (channels,), takes the unbiased variance
-    factor: float | Tensor  # weight of the new batch
-    batches: Tensor | None = None  # (), int64: how many batches they have seen
-
-
-class Needs(NamedTuple):
-    """Which gradients a backward is asked for."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    residual: bool
-
-
-INPUT_ONLY = Needs(True, False, False, False)
 
 
 def supports(
@@ -105,7 +85,7 @@ def normalize(
             into.copy_(z)
     if result.data_ptr() != y.data_ptr():
         # out's strides allowed no such view: a copy was filled.
-        y.copy_(_unview(seen, result))
+        y.copy_(seen.unview(result))
     return y
 
 
@@ -215,7 +195,7 @@ def forward(
     stats = torch.stack((found.mean, found.variance()))
     y = normalize(x, stats[0], stats[1], eps, weight, bias, residual=residual, activation=activation, mask=mask)
     if running is not None:
-        update(running, found)
+        running.update(found)
     return y, stats
 
 
@@ -254,70 +234,6 @@ def backward(
     dweight = sums[1].to(weight.dtype) if needs.weight and sums is not None and weight is not None else None
     dbias = sums[0].to(bias.dtype) if needs.bias and sums is not None and bias is not None else None
     return dx, dweight, dbias, dresidual
-
-
-def differentiable(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    stats: tuple[Tensor, Tensor] | None = None,
-    residual: Tensor | None = None,
-    activation: Activation = IDENTITY,
-    mask: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """The whole function in operations that autograd knows: right to any order of derivative.
-
-    ``stats`` are constants (inference); without them the batch's own are used and differentiated. Computed in
-    float64 where the device has it, with tensor-sized intermediates: for derivatives of derivatives only. The result
-    is not rounded to x's dtype, so that neither is what flows back through it; each gradient is, once.
-    """
-    seen = layout.of(x)
-    wide = statistics_dtype(x.device)
-    view = seen.view(x).to(wide)
-    more = None if residual is None else seen.view(residual).to(wide)
-    present = _view(seen, mask)
-    zero = torch.zeros((), dtype=wide, device=x.device)
-    if present is not None:
-        # Before anything is computed from it: the derivative of what is absent must be 0, not NaN times 0.
-        view = torch.where(present, view, zero)
-        more = None if more is None else torch.where(present, more, zero)
-    if stats is None:
-        found = moments_of_view(view, _view(seen, counted(mask, sample_weight)))
-        stats = (found.mean, found.variance())
-    z = (view - stats[0].view(1, -1, 1)) * torch.rsqrt(stats[1].to(wide) + eps).view(1, -1, 1)
-    if weight is not None:
-        z = z * weight.to(wide).view(1, -1, 1)
-    if bias is not None:
-        z = z + bias.to(wide).view(1, -1, 1)
-    if more is not None:
-        z = z + more
-    z = activation(z)
-    return _unview(seen, z if present is None else torch.where(present, z, zero))
-
-
-def update(running: Running, batch: Moments) -> None:
-    """r ← r + factor·(batch − r), with the batch's unbiased variance, in the batch's precision and rounded once."""
-    factor = running.factor
-    for r, value in ((running.mean, batch.mean), (running.var, batch.variance(biased=False))):
-        value = value.detach()
-        # Not lerp with factor 1: r + (value − r) would round, and a NaN in r would survive it.
-        if not isinstance(factor, Tensor) and factor == 1:
-            r.copy_(value)
-        else:
-            r.copy_(r.to(value.dtype) * (1 - factor) + value * factor)
-    if running.batches is not None:
-        running.batches.add_(1)
-
-
-def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | float:
-    """Values a channel: a number, or the sum of the weights of each channel, (channels,)."""
-    weight = counted(mask, sample_weight)
-    if weight is None:
-        return x.numel() / max(1, x.shape[1])
-    return weight.to(statistics_dtype(x.device)).expand(x.shape).transpose(0, 1).flatten(1).sum(1)
 
 
 class _Affine(NamedTuple):
@@ -401,13 +317,6 @@ def _per_channel(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _view(seen: layout.Layout, t: Tensor | None) -> Tensor | None:
     return None if t is None else seen.view(t)
-
-
-def _unview(seen: layout.Layout, view: Tensor) -> Tensor:
-    """The tensor as its user sees it, from (outer, channel, inner)."""
-    order = (*seen.outer, 1, *seen.inner)
-    unfolded = view.reshape([seen.shape[d] for d in order])
-    return unfolded.permute([order.index(d) for d in range(len(order))])
 
 
 def _parts(view: Tensor) -> list[tuple[slice, slice, slice]]:

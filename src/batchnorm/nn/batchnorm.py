@@ -6,16 +6,20 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import batchnorm as torch_layers
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
+from batchnorm.checks import EVERYWHERE, check, check_places, check_residual
 from batchnorm.errors import ArgumentError, expected
+from batchnorm.functional import Batch, Population
+from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.eager import Running, update
-from batchnorm.moments import Moments
-from batchnorm.nn.naming import path_of
-from batchnorm.nn.running import at_least_float32, following
+from batchnorm.nn.running import Guarded, at_least_float32, following
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 TooFew = Literal["raise", "running"]
 NonFinite = Literal["propagate", "raise", "skip"]
@@ -58,8 +62,12 @@ class BatchNorm(_BatchNorm):
     Running statistics stay float32 when the model is cast to half precision. A batch without values
     changes nothing, not even the counter.
 
+    Tools that read a layer's attributes and build another one from them (``SyncBatchNorm.convert_sync_batchnorm``,
+    ``torch.nn.utils.fuse_conv_bn_eval``, ``torch.utils.mkldnn.to_mkldnn``) know torch's arguments only: an
+    ``activation`` and the other extras are lost there. Use them on layers without extras.
+
     Shape:
-        input (N, C, ...) and output alike; dtype and memory layout are kept
+        input (N, C, ...) and output alike; the dtype is kept, and so is the channels_last memory format
 
     Raises:
         ArgumentError (a ValueError), MismatchError, DtypeError or NonFiniteError (RuntimeErrors), see
@@ -73,6 +81,8 @@ class BatchNorm(_BatchNorm):
     >>> layer.running_mean, layer.running_var
     (tensor([0.2000, 0.5000]), tensor([1.1000, 0.9000]))
     """
+
+    __jit_unused_properties__ = ["activation", "negative_slope"]
 
     def __init__(
         self,
@@ -96,10 +106,12 @@ class BatchNorm(_BatchNorm):
         if too_few == "running" and not track_running_stats:
             todo = 'Track them, or leave too_few="raise".'
             raise ArgumentError(expected(name, 'running statistics for too_few="running"', "none tracked", todo))
-        self._activation = activation_by_name(activation, negative_slope)
+        act = activation_by_name(activation, negative_slope)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self._set_activation(act)
         self.too_few: TooFew = too_few
         self.nonfinite: NonFinite = nonfinite
+        be_a_leaf(self)
         self._widen(self._buffers.copy())
 
     @property
@@ -109,68 +121,116 @@ class BatchNorm(_BatchNorm):
 
     @activation.setter
     def activation(self, name: str | None) -> None:
-        self._activation = activation_by_name(name, self.negative_slope)
+        self._set_activation(activation_by_name(name, self.negative_slope))
+
+    def _set_activation(self, activation: Activation) -> None:
+        self._activation = activation
+        self._function, self._slope = activation.name, activation.negative_slope  # for TorchScript
 
     @property
     def negative_slope(self) -> float:
         """The slope of "leaky_relu" below zero."""
         return self._activation.negative_slope if self.activation == "leaky_relu" else 0.01
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """Normalize ``input``; ``residual``, which broadcasts to it, is added before the activation."""
-        self._check_input_dim(input)
-        return self._normalize(input, residual, self.training)
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,  # not keyword-only, as TorchScript has no such thing
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize ``input``.
 
-    def _normalize(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
-        parameters, buffers = self._parameters, self._buffers
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        Arguments:
+            input: shape (N, C, ...)
+            residual: broadcastable to input, added before the activation
+            mask, sample_weight: which values count, and how often, see ``batchnorm.functional.batch_norm``
+        """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input, residual, mask, sample_weight)
+        else:
+            self._check_input_dim(input)
+            return self._normalize(input, residual, mask, sample_weight)
+
+    @torch.jit.unused
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor:
+        try:
+            parameters, buffers = self._parameters, self._buffers
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # parametrized, pruned, sharded or replicated: plain attributes or properties
+            weight, bias, mean, var, batches = (getattr(self, name) for name in _TENSORS)
+        training, eps = self.training, self.eps
         by_batch = training or (mean is None and var is None)
-        if not functional.is_usual(input, self.eps, weight, bias, mean, var):
-            name = type(self).__name__
-            functional.check_input(name, input)
-            if training and self.too_few == "running" and input.numel() <= input.shape[1] and mean is not None:
-                by_batch = False
-            if by_batch:
-                functional.check_batch_size(input)
-                functional.check_eps(self.eps)
-            if not by_batch or (training and self.track_running_stats):
-                functional.check_statistics(name, input, mean, var, training=by_batch)
-            functional.check_parameters(name, input, weight, bias)
+        followed = training and self.track_running_stats
+        if by_batch and self.too_few == "running" and self._has_too_few(input) and mean is not None:
+            by_batch = followed = False
+        name = type(self).__name__
+        read = followed or not by_batch
+        check(name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch)
+        places = EVERYWHERE
+        if mask is not None or sample_weight is not None:
+            places = check_places(name, input, mask, sample_weight, by_batch=by_batch)
         if residual is not None:
-            residual = functional.check_residual(type(self).__name__, input, residual)
+            residual = check_residual(name, input, residual)
+        statistics: Population | Batch
         if not by_batch:
             assert mean is not None and var is not None
-            return functional.run(
-                input, weight, bias, self.eps, population=(mean, var), running=None,
-                activation=self._activation, residual=residual,
-            )  # fmt: skip
+            statistics = Population(mean, var)
+        else:
+            running = None
+            values: object = input.numel()
+            if followed and (type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
+                running = following(mean, var, self.momentum, batches)
+            statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
+        return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
 
-        running = None
-        if training and self.track_running_stats and input.numel() > 0:
-            running = following(mean, var, self.momentum, batches)
-        found = None
-        if self.nonfinite != "propagate":
-            found, running = self._checked_moments(input, running)
-        y = functional.run(
-            input, weight, bias, self.eps, population=None, running=running,
-            batch=None if found is None else torch.stack((found.mean, found.variance())),
-            activation=self._activation, residual=residual,
-        )  # fmt: skip
-        if running is not None and found is not None:
-            update(running, found)
+    def _has_too_few(self, input: Tensor) -> bool:
+        return input.dim() > 1 and input.numel() <= input.shape[1]
+
+    def _scripted(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor:
+        """``forward`` in TorchScript, which has no kernels of ours: PyTorch's own operators."""
+        if mask is not None or sample_weight is not None:
+            raise RuntimeError("batchnorm: TorchScript takes no mask or sample_weight. Call the layer outside of it.")
+        if self.nonfinite != "propagate" or self.too_few != "raise":
+            raise RuntimeError("batchnorm: TorchScript serves nonfinite='propagate' and too_few='raise' only.")
+        self._check_input_dim(input)
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        follow = self.training and self.track_running_stats
+        factor = 0.0 if self.momentum is None else self.momentum
+        if follow and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        y = F.batch_norm(
+            input,
+            self.running_mean if follow or not by_batch else None,
+            self.running_var if follow or not by_batch else None,
+            self.weight,
+            self.bias,
+            by_batch,
+            factor,
+            self.eps,
+        )
+        if residual is not None:
+            y = y + residual
+        if self._function == "relu":
+            y = F.relu(y)
+        elif self._function == "leaky_relu":
+            y = F.leaky_relu(y, self._slope)
+        elif self._function == "silu":
+            y = F.silu(y)
+        elif self._function == "gelu":
+            y = F.gelu(y)
+        elif self._function == "sigmoid":
+            y = torch.sigmoid(y)
+        elif self._function == "tanh":
+            y = torch.tanh(y)
         return y
-
-    def _checked_moments(self, input: Tensor, running: Running | None) -> tuple[Moments, Running | None]:
-        """The batch's moments, and the running statistics if the moments may reach them, else None."""
-        found = functional.batch_moments(input.detach())
-        bad = functional.nonfinite_channels(found, running) if input.numel() else []
-        if bad and self.nonfinite == "raise":
-            batches = self._buffers["num_batches_tracked"]
-            path, kind = path_of(self), type(self).__name__
-            where = f"{path} ({kind})" if path else kind
-            functional.raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
-        return found, None if bad else running
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -207,7 +267,7 @@ class BatchNorm(_BatchNorm):
                 self._buffers[name] = at_least_float32(now, then)
 
 
-class BatchNorm1d(BatchNorm):
+class BatchNorm1d(BatchNorm, torch_layers.BatchNorm1d):
     """Batch normalization over an input of shape (N, C) or (N, C, L), see ``BatchNorm``.
 
     >>> import torch
@@ -220,7 +280,7 @@ class BatchNorm1d(BatchNorm):
             raise ArgumentError(f"expected 2D or 3D input (got {input.dim()}D input)")
 
 
-class BatchNorm2d(BatchNorm):
+class BatchNorm2d(BatchNorm, torch_layers.BatchNorm2d):
     """Batch normalization over an input of shape (N, C, H, W), see ``BatchNorm``.
 
     >>> import torch
@@ -233,7 +293,7 @@ class BatchNorm2d(BatchNorm):
             raise ArgumentError(f"expected 4D input (got {input.dim()}D input)")
 
 
-class BatchNorm3d(BatchNorm):
+class BatchNorm3d(BatchNorm, torch_layers.BatchNorm3d):
     """Batch normalization over an input of shape (N, C, D, H, W), see ``BatchNorm``.
 
     >>> import torch
@@ -244,6 +304,15 @@ class BatchNorm3d(BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 5:
             raise ArgumentError(f"expected 5D input (got {input.dim()}D input)")
+
+
+def be_a_leaf(module: nn.Module) -> None:
+    """Let the tracers of torch.fx take a module of ours for a leaf, as they do with torch.nn's.
+
+    They ask the instance for ``__module__``. A forward of ours asks questions that no tracer can answer.
+    """
+    if type(module).__module__.startswith("batchnorm."):
+        module.__module__ = "torch.nn"
 
 
 def _one_of(function: str, name: str, value: str, known: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.nn.batchnorm import BatchNorm, TooFew
+from batchnorm.nn.batchnorm import BatchNorm, TooFew, be_a_leaf
 
 
 class BatchNormLinear(nn.Module):
@@ -60,6 +60,7 @@ class BatchNormLinear(nn.Module):
         self.out_features = out_features
         self.norm = BatchNorm(in_features, eps, momentum, affine, device=device, dtype=dtype, too_few=too_few)
         self.linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        be_a_leaf(self)
 
     def forward(self, x: Tensor, inference: bool | None = None) -> Tensor:
         """Normalize and project.
@@ -69,15 +70,34 @@ class BatchNormLinear(nn.Module):
             inference: True uses the running statistics for this call, False the batch's (and updates the
                 running ones), None does as ``.training`` says
         """
-        if x.dim() < 2 or x.shape[-1] != self.in_features:
-            invariant = f"an input of shape (..., {self.in_features}) with at least 2 dimensions"
-            todo = "Add the batch dimension, or build the layer for these features."
-            raise ArgumentError(expected("BatchNormLinear", invariant, tuple(x.shape), todo))
-        training = self.training if inference is None else not inference
-        samples = x.reshape(-1, self.in_features)
-        normalized = self.norm._normalize(samples, None, training)
-        result: Tensor = self.linear(normalized.view(x.shape))
-        return result
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if inference is not None:
+                raise RuntimeError("batchnorm: TorchScript takes no inference=. Call eval() or train() instead.")
+            y: Tensor = self.linear(self.norm(x.reshape(-1, self.in_features)).view(x.shape))
+            return y
+        else:
+            if x.dim() < 2 or x.shape[-1] != self.in_features:
+                invariant = f"an input of shape (..., {self.in_features}) with at least 2 dimensions"
+                todo = "Add the batch dimension, or build the layer for these features."
+                raise ArgumentError(expected("BatchNormLinear", invariant, tuple(x.shape), todo))
+            samples = x.reshape(-1, self.in_features)
+            y = self.linear(self._normalized(samples, inference).view(x.shape))
+            return y
+
+    def _normalized(self, samples: Tensor, inference: bool | None) -> Tensor:
+        """The norm called as a module, so that hooks and whatever took its place run; in the mode asked for."""
+        norm = self.norm
+        before = norm.training
+        y: Tensor
+        if inference is None or inference != before:
+            y = norm(samples)
+            return y
+        norm.train(not inference)
+        try:
+            y = norm(samples)
+        finally:
+            norm.train(before)
+        return y
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:

@@ -1,11 +1,19 @@
-"""How running statistics follow the batches: with what weight, and in what precision."""
+"""How running statistics follow the batches: with what weight, in what precision, and past which batches."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Literal
 
-from batchnorm.kernels.eager import Running
+import torch
+from torch import Tensor, nn
+
+from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinite
+from batchnorm.errors import AutogradError, expected
+from batchnorm.kernels import plain
+from batchnorm.kernels.contract import Running
+from batchnorm.moments import Moments
+from batchnorm.nn.naming import path_of
 
 
 def following(
@@ -23,10 +31,47 @@ def following(
         return Running(mean, var, momentum, batches)
     if batches is None:
         return Running(mean, var, 0.0)
-    if torch.compiler.is_compiling():
-        # A tensor, not its value: reading that would end the compiled graph here.
+    if torch.compiler.is_compiling() or not plain.is_plain(batches):
+        # A tensor, not its value: reading that would end the graph here.
         return Running(mean, var, 1.0 / (batches + 1).to(mean.dtype), batches)
     return Running(mean, var, 1.0 / (int(batches) + 1), batches)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Running statistics that batches with an Inf or NaN do not reach: the sink of ``nonfinite``."""
+
+    layer: nn.Module
+    running: Running | None
+    policy: Literal["raise", "skip"]
+
+    def take(self, found: Moments) -> None:
+        """Follow the batch if it is finite, else leave everything as it is or raise."""
+        if self.policy == "skip":
+            if self.running is not None:
+                self.running.update(found, where=finite_channels(found, self.running).all())
+            return
+        bad = self._nonfinite(found)
+        if bad:
+            batches = None if self.running is None else self.running.batches
+            path, kind = path_of(self.layer), type(self.layer).__name__
+            where = f"{path} ({kind})" if path else kind
+            raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
+        if self.running is not None:
+            self.running.update(found)
+
+    def _nonfinite(self, found: Moments) -> list[int]:
+        if found.mean.is_meta:
+            return []
+        if torch.compiler.is_compiling() or plain.is_plain(found.mean):
+            return nonfinite_channels(found, self.running)
+        try:
+            return nonfinite_channels(found, self.running)
+        except RuntimeError as error:
+            invariant = 'a call in which nonfinite="raise" can look at values'
+            got = plain.why_not(found=found.mean)
+            todo = 'Use nonfinite="skip", which needs no look.'
+            raise AutogradError(expected(type(self.layer).__name__, invariant, got, todo)) from error
 
 
 def at_least_float32(buffer: Tensor, before: Tensor) -> Tensor:

@@ -152,8 +152,6 @@ def test_batch_norm_linear_is_measured(order: Any) -> None:
 
 def test_masks_and_weights_count_as_they_do_in_training() -> None:
     model = nn.ModuleDict({"norm": bn.BatchNorm1d(2, momentum=1.0)}).double()
-    if "mask" not in bn.BatchNorm1d.forward.__kwdefaults__:
-        pytest.skip("the layers' forward takes no mask in this version")
     x = torch.randn(6, 2, 5, dtype=torch.float64)
     mask = torch.rand(6, 5) > 0.3
     trained = copy.deepcopy(model)
@@ -163,6 +161,15 @@ def test_masks_and_weights_count_as_they_do_in_training() -> None:
         torch.testing.assert_close(model["norm"].running_mean, trained["norm"].running_mean)
         torch.testing.assert_close(model["norm"].running_var, trained["norm"].running_var)
         assert report.layers["norm"].count == int(mask.sum())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_backend_that_was_named_runs_measured_layers_and_others(order: Any) -> None:
+    """It refuses to run under a mode of torch's, and there is one while a model is observed."""
+    model = nn.Sequential(bn.BatchNorm1d(2), bn.BatchNorm1d(2, track_running_stats=False), bn.BatchNorm1d(2))
+    with bn.use_backend("eager"):
+        report = bn.recalibrate(model, [torch.randn(8, 2) for _ in range(2)], order=order)
+    assert [layer.count for layer in report.layers.values()] == [16, 16]
 
 
 def test_a_residual_is_added_but_not_measured() -> None:

@@ -1,8 +1,8 @@
 """The CPU kernels: Numba, run in PyTorch's own thread pool.
 
-``eager`` documents what each function does. Here is how it is brought to the compiled kernels: ``plan`` decides
-once for each combination of shapes and options what runs, the functions below fill in the addresses. What they
-make or convert on the way is held in a local variable until the kernels have returned.
+``contract.Kernel`` documents what each function does. The functions below pack the arguments for the compiled kernels:
+``plan`` decides once for each combination of shapes and options what runs, they fill in the addresses. What they make or
+convert on the way is held in a local variable until the kernels have returned.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import threading
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import eager
 from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.contract import INPUT_ONLY, Needs, Running, count_of, moments_from
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.cpu.block import pack_what
-from batchnorm.kernels.eager import INPUT_ONLY, Needs, Running
 from batchnorm.moments import Moments
 
 NAME = "cpu"
+
+CPU = torch.device("cpu")
+"""Said at each allocation: the default device may be another one."""
 
 CONSTANT = float("inf")
 """COUNT of statistics that do not depend on the input: their share of the gradient vanishes."""
@@ -62,7 +64,7 @@ def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | No
     masked = mask is not None or sample_weight is not None
     p = plan.find("MOMENTS", x, masked=masked)
     x = p.readable("x", x) if p.copied else x
-    stats = torch.empty((3, p.channels), dtype=torch.float64)
+    stats = torch.empty((3, p.channels), dtype=torch.float64, device=CPU)
     if masked:
         mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
@@ -154,10 +156,7 @@ def forward(
         )
     )  # fmt: skip
     if running is not None and running_mean is None:
-        count = eager.count_of(x, mask, sample_weight)
-        if not isinstance(count, Tensor):
-            count = torch.full((p.channels,), count, dtype=torch.float64)
-        eager.update(running, Moments(count, stats[0], stats[1] * count))
+        running.update(moments_from(stats, count_of(x, mask, sample_weight)))
     return y, stats
 
 
@@ -316,10 +315,10 @@ def _room(p: plan.Plan) -> Tensor | None:
     if not p.scratch:
         return None
     if p.scratch > KEPT_ROOM:
-        return torch.empty(p.scratch, dtype=torch.float64)
+        return torch.empty(p.scratch, dtype=torch.float64, device=CPU)
     room = _kept.room
     if room is None or room.numel() < p.scratch:
-        room = _kept.room = torch.empty(p.scratch, dtype=torch.float64)
+        room = _kept.room = torch.empty(p.scratch, dtype=torch.float64, device=CPU)
     return room
 
 

@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     seen: layout.Layout
     large: tuple[int, ...] | None  # strides of an output that comes from the pool of large pages, or None
     copied: tuple[str, ...]  # the tensors that kernels cannot read as they lie in memory
+    like_x: bool  # whether outputs have the strides of x
 
     def run(self, what: bytes) -> None:
         for kernel, how in self.launches:
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
         """A new tensor like ``x`` for the kernels to write."""
         if self.large is not None:
             return large_empty(x, self.large)
-        return torch.empty_like(x) if self.seen.dense and not self.copied else self.seen.empty(x)
+        return torch.empty_like(x) if self.like_x else self.seen.empty(x)
 
     def readable(self, name: str, t: Tensor) -> Tensor:
         """``t``, or a copy that the kernels can read."""
@@ -162,12 +163,22 @@ def _make(
         compiled = getattr(family, kernel)[name]
         launches.append((compiled, block.pack_how(-1, threads, phase, *how)))
     large = made.stride() if bytes_out >= LARGE else None
-    return Plan(tuple(launches), threads, scratch, channels, _pair(channels), seen, large, tuple(copied))
+    return Plan(
+        tuple(launches),
+        threads,
+        scratch,
+        channels,
+        _pair(channels),
+        seen,
+        large,
+        tuple(copied),
+        made.stride() == x.stride(),
+    )
 
 
 @lru_cache(maxsize=256)
 def _pair(channels: int) -> Tensor:
-    return torch.empty((2, channels), dtype=torch.float64)
+    return torch.empty((2, channels), dtype=torch.float64, device="cpu")
 
 
 def _order(operation: str, split: bool, phases: tuple[int, ...]) -> list[tuple[str, int]]:

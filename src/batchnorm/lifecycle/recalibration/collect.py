@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from batchnorm import functional
+from batchnorm import checks, functional
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.lifecycle.recalibration.observe import Use
 from batchnorm.moments import Moments
@@ -51,9 +51,9 @@ class Collected:
         found = functional.batch_moments(x, use.mask, use.sample_weight)
         if not bool((found.count > 0).any()):
             return None
-        bad = functional.nonfinite_channels(found, None)
+        bad = checks.nonfinite_channels(found, None)
         if bad:
-            functional.raise_nonfinite(f"recalibrate: {use.name} ({type(use.layer).__name__})", bad, batch)
+            checks.raise_nonfinite(f"recalibrate: {use.name} ({type(use.layer).__name__})", bad, batch)
         self.uses += 1
         if self.estimator == "pooled":
             self.pooled = found if self.pooled is None else self.pooled.merge(found)

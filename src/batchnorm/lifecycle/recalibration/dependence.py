@@ -64,7 +64,11 @@ class Dependence:
     def ran(self, name: str, inputs: object, output: object) -> None:
         """The layer ``name`` made ``output`` of ``inputs``."""
         self._ran |= {name}
-        depends = self.of(inputs) | {name}
+        self.made(inputs, output, frozenset({name}))
+
+    def made(self, inputs: object, output: object, by: Names = NONE) -> None:
+        """``output`` was made of ``inputs`` by something that is not followed."""
+        depends = self.of(inputs) | by
         for t in tensors_in(output):
             self._mark(t, depends)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.lifecycle.recalibration.dependence import Dependence
@@ -60,13 +60,16 @@ class Observation:
         self.dependence: Dependence | None = None
         self._modes = [(module, module.training) for module in model.modules()]
         self._originals = {name: {b: layer._buffers.get(b) for b in BUFFERS} for name, layer in layers.items()}
+        self._others = [m for m in model.modules() if isinstance(m, BatchNorm) and m not in layers.values()]
         self._own = [
-            (layer, layer.__dict__.get("forward", _ABSENT), layer.track_running_stats) for layer in layers.values()
+            (layer, layer.__dict__.get("forward", _ABSENT), layer.track_running_stats)
+            for layer in (*layers.values(), *self._others)
         ]
         self._copies: dict[str, dict[str, Tensor | None]] = {}
         self._on_use: OnUse = lambda use: False
         self._open: list[_Open] = []
-        self._inside = False
+        self._calls = _Calls(self)
+        self._stack = _get_current_function_mode_stack()
 
     def begin(self) -> None:
         """Flags are set one by one: a ``train`` or ``eval`` of the model's own may do more than that."""
@@ -76,15 +79,19 @@ class Observation:
             self._copies[name] = {b: None if t is None else t.clone() for b, t in self._originals[name].items()}
             layer._buffers.update(self._copies[name])
             layer.__dict__["forward"] = self._forward(name, layer, layer.forward)
+        for other in self._others:
+            other.__dict__["forward"] = self._passing(other.forward)
 
     def end(self) -> None:
         """Everything as it was; may be called again."""
-        for (layer, forward, tracked), originals in zip(self._own, self._originals.values(), strict=True):
+        _set_stack(self._stack)
+        for layer, forward, tracked in self._own:
             if forward is _ABSENT:
                 layer.__dict__.pop("forward", None)
             else:
                 layer.__dict__["forward"] = forward
             layer.track_running_stats = tracked
+        for layer, originals in zip(self.layers.values(), self._originals.values(), strict=True):
             layer._buffers.update({b: t for b, t in originals.items() if b in layer._buffers})
         for module, mode in self._modes:
             module.training = mode
@@ -106,8 +113,8 @@ class Observation:
     @contextmanager
     def reporting(self, on_use: OnUse) -> Iterator[None]:
         """One forward, its uses told to ``on_use``; graphs compiled before are run as the Python they came from."""
-        self._on_use, self._open, self._inside = on_use, [], False
-        with torch.no_grad(), _without_compiled_graphs(), _Calls(self):
+        self._on_use, self._open = on_use, []
+        with torch.no_grad(), _without_compiled_graphs(), self._modes_of_torch([*self._stack, self._calls]):
             yield
 
     def _forward(self, name: str, layer: _BatchNorm, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,23 +125,40 @@ class Observation:
 
         return forward
 
+    def _passing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a layer of ours that is not measured."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._unfollowed():
+                y = original(*args, **kwargs)
+                if self.dependence is not None:
+                    self.dependence.made((args, kwargs), y)
+            return y
+
+        return forward
+
     def _run_ours(
         self, name: str, layer: _BatchNorm, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         x = _input_of(args, kwargs)
         if not _fits(layer, x):
-            original(*args, **kwargs)  # the layer's own error is the better one
+            with self._unfollowed():
+                original(*args, **kwargs)  # the layer's own error is the better one
             todo = "Its class changes the input before it normalizes: let it hold a layer instead of being one."
             invariant = f"an input of {name} with its {layer.num_features} channels in dimension 1"
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ArgumentError(expected("recalibrate", invariant, got, todo))
         with self._unfollowed():
-            use = Use(name, layer, x, kwargs.get("mask"), kwargs.get("sample_weight"))
+            given = dict(zip(("input", "residual", "mask", "sample_weight"), args, strict=False)) | kwargs
+            use = Use(name, layer, x, given.get("mask"), given.get("sample_weight"))
+            training = layer.training  # a module may set it for the call
             try:
+                layer.training = False
                 if self._on_use(use):  # without buffers a layer in eval mode has nothing else to normalize by
                     layer._buffers.update(dict.fromkeys(BUFFERS))
                 y = original(*args, **kwargs)
             finally:
+                layer.training = training
                 layer._buffers.update(self._copies[name])
             self._ran(name, (args, kwargs), y)
         return y
@@ -165,17 +189,22 @@ class Observation:
 
     @contextmanager
     def _unfollowed(self) -> Iterator[None]:
-        """What we and our layers do ourselves is no part of the model."""
-        self._inside = True
+        """What we and our layers do ourselves is no part of the model, and with no mode on the kernels may run."""
+        with self._modes_of_torch([mode for mode in _get_current_function_mode_stack() if mode is not self._calls]):
+            yield
+
+    @contextmanager
+    def _modes_of_torch(self, stack: list[TorchFunctionMode]) -> Iterator[None]:
+        """Set as a whole: a mode may not lie on top of the stack when it has to go, and an interrupt may come."""
+        before = _get_current_function_mode_stack()
         try:
+            _set_stack(stack)
             yield
         finally:
-            self._inside = False
+            _set_stack(before)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every function of torch that a forward calls goes through here."""
-        if self._inside:
-            return func(*args, **kwargs)
         order = _ARGUMENTS.get(func)
         if order is not None:
             given = dict(zip(order, args, strict=False)) | kwargs
@@ -235,6 +264,13 @@ _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
         "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled",
     ),
 }  # fmt: skip
+
+
+def _set_stack(stack: list[TorchFunctionMode]) -> None:
+    while _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in stack:
+        _push_mode(mode)
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,250 @@
+"""What is asked of a call before anything is done: one quick look, and the long way only where that fails."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import ArgumentError, AutogradError, DtypeError, MismatchError, NonFiniteError, expected
+from batchnorm.kernels import plain
+from batchnorm.kernels.contract import Running, count_of
+from batchnorm.moments import Moments, broadcast_weights, combine_weights
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+PARAMETERS = {(x, p) for x in FLOATING for p in FLOATING if p == x or (p == torch.float32 and x.itemsize == 2)}
+"""Which dtypes weight and bias may have beside an input's: its own, or float32 beside 16 bits."""
+
+STATISTICS = {(x, s) for x in FLOATING for s in FLOATING if x != torch.float64 or s == torch.float64}
+"""Which dtypes running statistics may have beside an input's: float64 beside float64, any beside the others."""
+
+
+class Places(NamedTuple):
+    """Which values count, and how often; both of the input's rank and broadcastable to it."""
+
+    mask: Tensor | None = None
+    sample_weight: Tensor | None = None
+
+
+EVERYWHERE = Places()
+
+
+def check(
+    function: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    *,
+    by_batch: bool,
+) -> None:
+    """Raise where an input cannot be normalized.
+
+    Arguments:
+        function: the name in our own messages
+        mean, var: running statistics that are read or updated, None where neither happens
+        by_batch: whether the batch's own statistics are used
+    """
+    values: object = x.numel()
+    if type(values) is Tensor:
+        return  # under torch.jit.trace, which records every question about a size; PyTorch's operator asks them again
+    if not _is_usual(x, weight, bias, mean, var, eps, by_batch):
+        _check(function, x, weight, bias, mean, var, eps, by_batch)
+
+
+def _is_usual(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    by_batch: bool,
+) -> bool:
+    """True if ``_check`` would pass; False if that is not known. On the way of every call, so written for speed."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) < 2 or eps <= 0.0 or x.numel() <= shape[1]:
+        return False
+    channels = shape[1]
+    if weight is not None and (
+        weight.numel() != channels or (dtype, weight.dtype) not in PARAMETERS or weight.device != device
+    ):
+        return False
+    if bias is not None and (
+        bias.numel() != channels or (dtype, bias.dtype) not in PARAMETERS or bias.device != device
+    ):
+        return False
+    if mean is None or var is None:
+        return by_batch and mean is var and dtype in FLOATING
+    return not (
+        mean.numel() != channels
+        or var.numel() != channels
+        or (dtype, mean.dtype) not in STATISTICS
+        or (dtype, var.dtype) not in STATISTICS
+        or mean.device != device
+        or var.device != device
+        or mean.requires_grad
+        or var.requires_grad
+    )
+
+
+def _check(
+    function: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    by_batch: bool,
+) -> None:
+    check_input(function, x)
+    if by_batch:
+        check_batch_size(x)
+    check_eps(eps, by_batch)
+    check_statistics(function, x, mean, var, by_batch)
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None:
+            _check_channels(function, x, name, p)
+            if (x.dtype, p.dtype) not in PARAMETERS:
+                raise DtypeError(_dtype_message(function, name, x, p))
+
+
+def check_input(function: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        todo = "Convert it first, e.g. input.float(); complex values can be normalized as two real channels."
+        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        raise DtypeError(expected(function, f"an input of dtype {names}", x.dtype, todo))
+    if x.dim() < 2:
+        todo = "Add the missing dimension, e.g. input.unsqueeze(0)."
+        raise ArgumentError(expected(function, "an input of shape (N, C, ...)", f"shape {tuple(x.shape)}", todo))
+
+
+def check_batch_size(x: Tensor) -> None:
+    """torch's own message for a batch of one value a channel, on which libraries match."""
+    if x.shape[1] and x.numel() == x.shape[1]:
+        raise ArgumentError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+def check_eps(eps: float, by_batch: bool) -> None:
+    """torch's own messages."""
+    if by_batch and eps <= 0.0:
+        raise ArgumentError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ArgumentError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor | None, by_batch: bool) -> None:
+    if (mean is None) != (var is None):
+        raise ArgumentError("running_mean and running_var must either both be None or neither be None")
+    if mean is None or var is None:
+        if not by_batch:
+            raise MismatchError("running_mean must be defined in evaluation mode")
+        return
+    for name, r in (("running_mean", mean), ("running_var", var)):
+        _check_channels(function, x, name, r)
+        if (x.dtype, r.dtype) not in STATISTICS:
+            raise DtypeError(_dtype_message(function, name, x, r))
+        if r.requires_grad and torch.is_grad_enabled():
+            todo = f"Give {name}.detach(): statistics are not differentiable arguments."
+            raise AutogradError(expected(function, f"{name} without requires_grad", "one that requires grad", todo))
+
+
+def check_places(
+    function: str, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, *, by_batch: bool
+) -> Places:
+    """Mask and weights with x's rank, after a look at their dtypes and shapes.
+
+    Values are looked at only where that breaks no graph: not under a compiler, tracer, mode or transform.
+    """
+    combined = combine_weights(function, x, mask, sample_weight)
+    look = not torch.compiler.is_compiling() and plain.is_plain(x, mask, sample_weight)
+    if sample_weight is not None:
+        if not sample_weight.is_floating_point():
+            sample_weight = sample_weight.to(torch.float32)
+        values = sample_weight.detach()
+        if look and not bool(((values >= 0) & torch.isfinite(values)).all()):
+            todo = "Clip or drop the others."
+            raise ArgumentError(expected(function, "finite sample weights of 0 or more", "others", todo))
+        sample_weight = broadcast_weights(function, "sample_weight", x, sample_weight)
+    if mask is not None:
+        mask = broadcast_weights(function, "mask", x, mask)
+    if by_batch and look and combined is not None and x.numel():
+        count = count_of(x, mask, sample_weight)
+        least = float(count.detach().min()) if isinstance(count, Tensor) else count
+        if least <= 1:
+            todo = "Leave such a batch out, or give it more present values."
+            invariant = "more than 1 present value per channel when training (the sum of the weights)"
+            raise ArgumentError(expected(function, invariant, f"{least:g}", todo))
+    for name, t in (("mask", mask), ("sample_weight", sample_weight)):
+        if t is not None and t.device != x.device:
+            raise MismatchError(_device_message(function, name, x, t))
+    return Places(mask, sample_weight)
+
+
+def check_residual(function: str, x: Tensor, residual: Tensor) -> Tensor:
+    try:
+        residual = residual.expand(x.shape)
+    except RuntimeError:
+        invariant, todo = f"a residual that broadcasts to {tuple(x.shape)}", "Reshape or project the residual."
+        raise MismatchError(expected(function, invariant, f"shape {tuple(residual.shape)}", todo)) from None
+    if residual.dtype != x.dtype or residual.device != x.device:
+        got, todo = f"{residual.dtype} on {residual.device}", "Convert it with residual.to(input)."
+        raise DtypeError(expected(function, f"a residual of {x.dtype} on {x.device}", got, todo))
+    return residual
+
+
+def check_out(x: Tensor, others: tuple[Tensor | None, ...], out: Tensor, training: bool) -> None:
+    if training:
+        todo = "Leave out= away in training: backward needs the input."
+        raise ArgumentError(expected("batch_norm", "out= in inference only", "training=True", todo))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        todo = "Call it under torch.no_grad(), or leave out= away."
+        raise MismatchError(expected("batch_norm", "no gradient to flow beside out=", "one that would", todo))
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        invariant = f"out of shape {tuple(x.shape)}, {x.dtype} on {x.device}"
+        got = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
+        raise MismatchError(expected("batch_norm", invariant, got, "Give torch.empty_like(input)."))
+
+
+def nonfinite_channels(found: Moments, running: Running | None) -> list[int]:
+    """Channels whose batch mean or variance is Inf or NaN, in the dtype that running statistics have."""
+    return [int(c) for c in (~finite_channels(found, running)).nonzero()]
+
+
+def finite_channels(found: Moments, running: Running | None) -> Tensor:
+    """For each channel whether its batch mean and variance are finite, in the dtype of the running statistics."""
+    mean, var = found.mean, found.variance()
+    if running is not None:
+        mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
+    return torch.isfinite(mean) & torch.isfinite(var)
+
+
+def raise_nonfinite(where: str, channels: list[int], batch: int | None) -> None:
+    """The error of ``nonfinite="raise"``."""
+    shown = ", ".join(str(c) for c in channels[:8]) + (", ..." if len(channels) > 8 else "")
+    at = "" if batch is None else f" of batch {batch}"
+    got = f"Inf or NaN in channel{'s' if len(channels) > 1 else ''} {shown}{at}"
+    todo = 'Look at the layers before it, lower the learning rate, or drop such batches with nonfinite="skip".'
+    raise NonFiniteError(expected(where, "finite values", got, todo))
+
+
+def _check_channels(function: str, x: Tensor, name: str, t: Tensor) -> None:
+    if t.numel() != x.shape[1]:
+        raise MismatchError(f"{name} should contain {x.shape[1]} elements not {t.numel()}")
+    if t.device != x.device:
+        raise MismatchError(_device_message(function, name, x, t))
+
+
+def _device_message(function: str, name: str, x: Tensor, t: Tensor) -> str:
+    todo = f"Move one of them, e.g. module.to({str(x.device)!r})."
+    return expected(function, f"{name} on {x.device}, where the input is", t.device, todo)
+
+
+def _dtype_message(function: str, name: str, x: Tensor, t: Tensor) -> str:
+    todo = "Cast one of them, e.g. module.double() or input.float()."
+    return expected(function, f"{name} of a dtype that goes with an input of {x.dtype}", t.dtype, todo)
