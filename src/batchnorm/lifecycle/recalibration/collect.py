@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from batchnorm import checks, functional
+from batchnorm import checks
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.lifecycle.recalibration.observe import Use
 from batchnorm.moments import Moments
@@ -45,10 +45,9 @@ class Collected:
             NonFiniteError: an Inf or NaN is among them
             ArgumentError: its size does not go with the others' under "paper"
         """
-        x = use.input.detach()
-        if x.numel() == 0:
+        if use.input.numel() == 0:
             return None
-        found = functional.batch_moments(x, use.mask, use.sample_weight)
+        found = use.moments()
         if not bool((found.count > 0).any()):
             return None
         bad = checks.nonfinite_channels(found, None)
@@ -58,7 +57,7 @@ class Collected:
         if self.estimator == "pooled":
             self.pooled = found if self.pooled is None else self.pooled.merge(found)
         else:
-            (self.parts if len(x) > 1 else self.singles).setdefault(_size(found), []).append(found)
+            (self.parts if len(use.input) > 1 else self.singles).setdefault(_size(found), []).append(found)
             if len(self.parts) > 1:
                 self._unequal(self.parts)
         return found

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from batchnorm import functional
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.lifecycle.recalibration.dependence import tensors_in
 from batchnorm.lifecycle.recalibration.observe import Use
@@ -43,7 +42,7 @@ class Gap:
 
         def on_use(use: Use) -> bool:
             if use.input.numel():
-                found = functional.batch_moments(use.input.detach(), use.mask, use.sample_weight)
+                found = use.moments()
                 seen[use.name] = seen[use.name].merge(found) if use.name in seen else found
             return False
 
@@ -67,7 +66,7 @@ class Gap:
 
 def _by_batch(use: Use) -> bool:
     if use.input.numel():
-        found = functional.batch_moments(use.input.detach(), use.mask, use.sample_weight)
+        found = use.moments()
         if float(found.count.min()) <= 1:
             raise Cut
     return True

@@ -15,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from batchnorm.errors import ArgumentError, expected
+from batchnorm.functional import batch_moments
 from batchnorm.lifecycle.recalibration.dependence import Dependence
+from batchnorm.moments import Moments, broadcast_weights
 from batchnorm.nn import BatchNorm
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,6 +33,14 @@ class Use:
     input: Tensor
     mask: Tensor | None = None
     sample_weight: Tensor | None = None
+
+    def moments(self) -> Moments:
+        """Of what the layer is about to normalize."""
+        x = self.input.detach()
+        mask, weight = self.mask, self.sample_weight
+        mask = None if mask is None else broadcast_weights("recalibrate", "mask", x, mask)
+        weight = None if weight is None else broadcast_weights("recalibrate", "sample_weight", x, weight.detach())
+        return batch_moments(x, mask, weight)
 
 
 # Told of each use; says whether the layer normalizes it by the batch's own statistics. May raise to end the forward.
