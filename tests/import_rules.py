@@ -46,7 +46,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "llvmlite": ("kernels/cpu/",),
     "triton": ("kernels/gpu/",),
     "matplotlib": TOOLS,
-    "rich": TOOLS,
+    "rich": (*TOOLS, "lifecycle/progress.py"),
     "typer": TOOLS,
     "jinja2": TOOLS,
     "sklearn": TOOLS,

@@ -34,6 +34,11 @@ RECALIBRATE = "src/batchnorm/lifecycle/recalibrate.py"
 AFFINE = "src/batchnorm/lifecycle/folding/affine.py"
 FLOW = "src/batchnorm/lifecycle/folding/flow.py"
 PLAN = "src/batchnorm/lifecycle/folding/plan.py"
+COLLECT = "src/batchnorm/lifecycle/recalibration/collect.py"
+OBSERVE = "src/batchnorm/lifecycle/recalibration/observe.py"
+DEPENDENCE = "src/batchnorm/lifecycle/recalibration/dependence.py"
+PASSES = "src/batchnorm/lifecycle/recalibration/passes.py"
+GAP = "src/batchnorm/lifecycle/recalibration/gap.py"
 PAGES = "src/batchnorm/kernels/cpu/pages.py"
 
 # Quick, and without compiling: what is broken above the kernels shows with the eager one as well.
@@ -49,6 +54,11 @@ OF_PAGES = ("tests/kernels/test_cpu_pages.py",)
 OF_RECALIBRATION = (ON_EAGER, "tests/lifecycle/test_recalibrate.py")
 OF_FOLDING = ("tests/lifecycle/test_fold.py", "-k", "convolution or flatten or row")
 OF_FLOW = ("tests/lifecycle/test_fold_flow.py",)
+OF_SEQUENTIAL = (ON_EAGER, "tests/lifecycle/recalibration/test_sequential.py")
+OF_DEPENDENCE = (ON_EAGER, "tests/lifecycle/recalibration/test_dependence.py")
+OF_OBSERVE = (ON_EAGER, "tests/lifecycle/recalibration/test_observe.py")
+OF_INTERRUPTS = (ON_EAGER, "tests/lifecycle/recalibration/test_interrupts.py", "-k", "few or every_batch")
+OF_GAP = (ON_EAGER, "tests/lifecycle/recalibration/test_gap.py")
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -264,45 +274,157 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "recalibrate: modes are not restored",
-        RECALIBRATE,
+        OBSERVE,
         "            module.training = mode\n",
         "            pass\n",
         OF_RECALIBRATION,
     ),
     Mutant(
-        "recalibrate: hooks stay",
-        RECALIBRATE,
-        "handle.remove()",
+        "recalibrate: layers keep the forward they had meanwhile",
+        OBSERVE,
+        'layer.__dict__.pop("forward", None)',
         "pass",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: layers keep the buffers they had meanwhile",
+        OBSERVE,
+        "            layer._buffers.update({b: t for b, t in originals.items() if b in layer._buffers})\n",
+        "",
         OF_RECALIBRATION,
     ),
     Mutant(
         "recalibrate: an interrupted write is not undone",
         RECALIBRATE,
-        "getattr(layer, b).copy_(kept[name][b])",
+        "t.copy_(kept)",
         "pass",
         OF_RECALIBRATION,
     ),
     Mutant(
-        "recalibrate: the paper's estimator with the biased variance",
+        "recalibrate: an interrupted end is not made up for",
         RECALIBRATE,
-        "into.variances.append(found.variance(biased=False))",
-        "into.variances.append(found.variance())",
+        "        observation.end()\n        for each in written:\n",
+        "        for each in written:\n",
+        OF_INTERRUPTS,
+    ),
+    Mutant(
+        "recalibrate: the paper's estimator with the biased variance",
+        COLLECT,
+        "torch.stack([f.variance(biased=False) for f in found])",
+        "torch.stack([f.variance() for f in found])",
         OF_RECALIBRATION,
     ),
     Mutant(
         "recalibrate: takes a batch more than max_batches",
         RECALIBRATE,
-        "itertools.islice(batches, max_batches)",
-        "(b for i, b in enumerate(batches) if max_batches is None or i < max_batches)",
+        "stream = iter(itertools.islice(batches, max_batches))",
+        "stream = (b for i, b in enumerate(batches) if max_batches is None or i < max_batches)",
         OF_RECALIBRATION,
     ),
     Mutant(
         "recalibrate: dropout stays on",
-        RECALIBRATE,
-        "        model.eval()\n",
-        "        model.train()\n",
+        OBSERVE,
+        "            module.training = False\n",
+        "            pass\n",
         OF_RECALIBRATION,
+    ),
+    Mutant(
+        "recalibrate: a batch of one is normalized by itself",
+        PASSES,
+        "        if found is not None and _too_few(found):\n",
+        "        if False:\n",
+        OF_RECALIBRATION,
+    ),
+    Mutant(
+        "sequential: the layers before go on normalizing as they did",
+        PASSES,
+        "                observation.put(name, population.mean, population.var)\n",
+        "                pass\n",
+        OF_SEQUENTIAL,
+    ),
+    Mutant(
+        "sequential: a use that depends on what remains is measured",
+        PASSES,
+        "        if not depends <= self._group[name]:\n",
+        "        if False:\n",
+        OF_SEQUENTIAL,
+    ),
+    Mutant(
+        "sequential: a forward ends one use early",
+        PASSES,
+        "return max((i + 1 for i, name",
+        "return max((i for i, name",
+        OF_SEQUENTIAL,
+    ),
+    Mutant(
+        "sequential: forwards end early where Python reads values",
+        PASSES,
+        "        same = whole and not dependence.values_were_read and self.order in (None, self._uses)\n",
+        "        same = whole and self.order in (None, self._uses)\n",
+        OF_SEQUENTIAL,
+    ),
+    Mutant(
+        "sequential: mutual dependence is measured by statistics that are not there yet",
+        PASSES,
+        "        by_batch = bool(self._group[name])\n",
+        "        by_batch = False\n",
+        OF_SEQUENTIAL,
+    ),
+    Mutant(
+        "dependence: in-place writes are not followed",
+        DEPENDENCE,
+        "            if _version(t) != version:\n",
+        "            if False:\n",
+        OF_DEPENDENCE,
+    ),
+    Mutant(
+        "dependence: what Python reads is forgotten",
+        DEPENDENCE,
+        "            self._control |= depends\n",
+        "            pass\n",
+        OF_DEPENDENCE,
+    ),
+    Mutant(
+        "dependence: what nothing observed depends on nothing",
+        DEPENDENCE,
+        "self._known.get(storage, self._ran)",
+        "self._known.get(storage, NONE)",
+        OF_DEPENDENCE,
+    ),
+    Mutant(
+        "observe: functional uses are not looked for",
+        OBSERVE,
+        "            if name is not None and _fits(",
+        "            if name is not None and self._open and _fits(",
+        OF_OBSERVE,
+    ),
+    Mutant(
+        "observe: a forward that computes by hand is not noticed",
+        OBSERVE,
+        "        if opened.seen or not _fits(layer, x):\n",
+        "        if True:\n",
+        OF_OBSERVE,
+    ),
+    Mutant(
+        "observe: compiled graphs run past it",
+        OBSERVE,
+        'torch.compiler.set_stance("force_eager")',
+        'torch.compiler.set_stance("default")',
+        OF_OBSERVE,
+    ),
+    Mutant(
+        "gap: relative to eval",
+        GAP,
+        "size += float(then.square().sum())",
+        "size += float(now.square().sum())",
+        OF_GAP,
+    ),
+    Mutant(
+        "gap: of a layer without its stretch",
+        GAP,
+        "(shift.square() + stretch.square()).mean()",
+        "shift.square().mean()",
+        OF_GAP,
     ),
     Mutant(
         "quick look: at the dtypes of parameters, not at how many there are",

@@ -49,7 +49,7 @@ def main() -> None:
     # came with the copy are another network's.
     averaged = copy.deepcopy(average.module)
     before = accuracy(averaged, test)
-    report = bn.recalibrate(averaged, (x for x, _ in data(50)))
+    report = bn.recalibrate(averaged, (x for x, _ in data(50)), gap_batches=10)
     after = accuracy(averaged, test)
     print(report)
     print(f"accuracy of the averaged weights: {before:.3f} before, {after:.3f} after recalibration")
@@ -62,6 +62,21 @@ def main() -> None:
     bn.recalibrate(uneven[:2], points.split([10, 30, 600]))
     assert torch.allclose(even[1].running_var, uneven[1].running_var, rtol=1e-6)
     print("batches of 64 and batches of 10, 30 and 600 give the same statistics to the first layer")
+
+    # Deeper layers see what the layers before them give, and those normalize by the batch, as in training. In
+    # sequential order they normalize by the statistics that they were just given, as in eval mode: then the cut does
+    # not matter to any layer. A last batch of one counts like any other.
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(points), batch_size=9)
+    assert len(points) % 9 == 1
+    one_by_one, whole = copy.deepcopy(averaged), copy.deepcopy(averaged)
+    report = bn.recalibrate(one_by_one, loader, order="sequential")
+    bn.recalibrate(whole, [points], order="sequential")
+    for name, statistics in one_by_one.state_dict().items():
+        assert "running" not in name or torch.allclose(statistics, whole.state_dict()[name], rtol=1e-4, atol=1e-6)
+    print(report)
+    print(
+        f"{report.passes} passes: batches of 9 and one batch of {len(points)} give the same statistics to both layers"
+    )
 
 
 if __name__ == "__main__":

@@ -17,23 +17,10 @@ import batchnorm as bn
 from batchnorm import reference
 from batchnorm.errors import ArgumentError, NonFiniteError
 from batchnorm.reference import Population, mini_batch_statistics, population_statistics
+from model_state import everything
 from tolerances import assert_close, to_float64
 
 often = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-
-
-def everything(model: nn.Module) -> dict[str, Any]:
-    """All that recalibration may have touched: state to the last bit, modes, flags, hooks."""
-    return {
-        "state": {
-            k: t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for k, t in model.state_dict().items()
-        },
-        "modes": [m.training for m in model.modules()],
-        "flags": [(getattr(m, "track_running_stats", None), getattr(m, "momentum", None)) for m in model.modules()],
-        "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
-        "objects": [id(t) for t in (*model.parameters(), *model.buffers())],
-        "gradients": [p.requires_grad for p in model.parameters()],
-    }
 
 
 def single(channels: int = 2, kind: Callable[..., nn.Module] = bn.BatchNorm1d) -> nn.Module:
@@ -268,6 +255,14 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"estimator": "mean"},
         "recalibrate: expected an estimator among ('pooled', 'paper'), got 'mean'. Choose one of them.",
     ),
+    "order": (
+        {"order": "backwards"},
+        "recalibrate: expected an order among ('joint', 'sequential'), got 'backwards'. Choose one of them.",
+    ),
+    "gap_batches": (
+        {"gap_batches": -1},
+        "recalibrate: expected gap_batches of 0 or more, got -1. 0 measures no gap.",
+    ),
     "max_batches": (
         {"max_batches": 0},
         "recalibrate: expected max_batches of 1 or more, got 0. Leave it away for all.",
@@ -335,17 +330,119 @@ def test_a_batch_that_is_not_finite_is_named_and_nothing_is_changed(kind: str) -
 
 
 @pytest.mark.parametrize("too_few", ["raise", "running"])
-def test_a_batch_of_one_value_is_an_error_and_nothing_is_changed(too_few: Any) -> None:
+def test_a_last_batch_of_one_value_counts_where_nothing_comes_after(too_few: Any) -> None:
     model = single()
-    for layer in model.modules():
-        if isinstance(layer, bn.BatchNorm):
-            layer.too_few = too_few
+    model[0].too_few = too_few
+    batches = [torch.randn(n, 2, dtype=torch.float64) for n in (8, 5, 1)]
+    report = bn.recalibrate(model, batches)
+    whole = mini_batch_statistics(to_float64(torch.cat(batches)))
+    assert_population(model[0], Population(whole.mean, reference.unbiased_variance(whole)))
+    assert (report.batches, report.layers["0"].count, report.layers["0"].uses) == (3, 14, 3)
+    assert report.notes == (
+        "batch 3, of one value a channel, cannot be normalized by itself: counted at 0, unseen by the layers after it",
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_joint_order_a_batch_of_one_value_is_measured_up_to_where_it_cannot_go_on(kind: str) -> None:
+    model = Deep(KINDS[kind]).double()
+    batches = [torch.randn(n, 4, dtype=torch.float64) for n in (6, 1, 5, 1)]
+    expected = copy.deepcopy(model)
+    bn.recalibrate(expected, [batches[0], batches[2]])
+    report = bn.recalibrate(model, batches)
+    inputs = to_float64(model.first(torch.cat(batches)))
+    whole = mini_batch_statistics(inputs)
+    assert_population(model.norm, Population(whole.mean, reference.unbiased_variance(whole)))
+    assert torch.equal(model.twice.running_mean, expected.twice.running_mean)
+    assert torch.equal(model.twice.running_var, expected.twice.running_var)
+    assert (report.layers["norm"].count, report.layers["twice"].count) == (13, 22)
+    assert report.notes == (
+        "2 batches of one value a channel (2, 4) cannot be normalized by themselves: counted at norm, "
+        "unseen by the layers after it",
+    )
+
+
+def test_the_papers_estimator_leaves_a_single_sample_out() -> None:
+    model, same = Deep().double(), Deep().double()
+    same.load_state_dict(model.state_dict())
+    batches = [torch.randn(n, 4, dtype=torch.float64) for n in (6, 6, 1)]
+    report = bn.recalibrate(model, batches, estimator="paper")
+    bn.recalibrate(same, batches[:2], estimator="paper")
+    assert all(torch.equal(t, same.state_dict()[k]) for k, t in model.state_dict().items())
+    assert report.layers["norm"].count == 12
+    assert report.notes == (
+        "batch 3, of one value a channel, cannot be normalized by itself: left out at norm, "
+        "unseen by the layers after it",
+    )
+
+
+def test_the_papers_estimator_leaves_out_a_single_sample_of_several_values() -> None:
+    model, same = (nn.Sequential(bn.BatchNorm2d(2)) for _ in range(2))
+    batches = [torch.randn(n, 2, 3, 3) for n in (4, 4, 1)]
+    report = bn.recalibrate(model, batches, estimator="paper")
+    bn.recalibrate(same, batches[:2], estimator="paper")
+    assert all(torch.equal(t, same.state_dict()[k]) for k, t in model.state_dict().items())
+    assert (report.layers["0"].count, report.layers["0"].uses) == (72, 2)
+    assert report.notes == (
+        '1 use of a single sample left out at 0: estimator="paper" combines mini-batches of one size',
+    )
+
+
+def test_the_papers_estimator_takes_single_samples_that_are_all_there_is() -> None:
+    model = nn.Sequential(bn.BatchNorm2d(2, dtype=torch.float64))
+    batches = [torch.randn(1, 2, 3, 3, dtype=torch.float64) for _ in range(3)]
+    bn.recalibrate(model, batches, estimator="paper")
+    statistics = [mini_batch_statistics(to_float64(b)) for b in batches]
+    assert_population(model[0], population_statistics(statistics, "paper"))
+
+
+TOO_FEW: dict[str, tuple[dict[str, Any], list[int], str]] = {
+    "all of the data is one value": (
+        {},
+        [1],
+        "recalibrate: expected more than one value a channel for norm, got 1. "
+        "Give larger or more batches: a single value has no variance.",
+    ),
+    "sequential, one value": (
+        {"order": "sequential"},
+        [1],
+        "recalibrate: expected more than one value a channel for norm, got 1. "
+        "Give larger or more batches: a single value has no variance.",
+    ),
+    "the paper's, values one by one": (
+        {"estimator": "paper"},
+        [1, 1],
+        "recalibrate: expected more than one value a channel for norm, got 1. "
+        "Give larger or more batches: a single value has no variance.",
+    ),
+    "joint, values one by one": (
+        {},
+        [1, 1, 1],
+        'recalibrate: expected batches with more than one value a channel under order="joint", '
+        "got only batches that cannot be normalized by themselves at norm. "
+        'Use larger batches, or order="sequential".',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_FEW)
+def test_data_that_give_no_variance_are_an_error_and_nothing_is_changed(case: str) -> None:
+    options, sizes, message = TOO_FEW[case]
+    model = Deep()
     before = everything(model)
-    with pytest.raises(ValueError) as caught:
-        bn.recalibrate(model, [torch.randn(8, 2, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64)])
-    size = "torch.Size([1, 2])"
-    assert str(caught.value) == f"Expected more than 1 value per channel when training, got input size {size}"
+    with pytest.raises(ArgumentError) as caught:
+        bn.recalibrate(model, [torch.randn(n, 4) for n in sizes], **options)
+    assert str(caught.value) == message
     assert everything(model) == before
+
+
+def test_an_empty_batch_changes_nothing_not_even_the_counter() -> None:
+    model, same = single(), single()
+    same.load_state_dict(model.state_dict())
+    x = torch.randn(8, 2, dtype=torch.float64)
+    bn.recalibrate(model, [x, x[:0]])
+    bn.recalibrate(same, [x])
+    assert all(torch.equal(t, same.state_dict()[k]) for k, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -355,11 +452,16 @@ def test_a_batch_of_one_value_is_an_error_and_nothing_is_changed(too_few: Any) -
         lambda x: (x, torch.zeros(len(x))),
         lambda x: [x, "label"],
         lambda x: {"x": x},
+        lambda x: ({"x": x}, "label"),
+        lambda x: ((x,), "label"),
+        lambda x: [[x], "label"],
     ],
-    ids=["tensor", "tuple", "list", "dict"],
+    ids=["tensor", "tuple", "list", "dict", "dict in a tuple", "arguments in a tuple", "list in a list"],
 )
 def test_batches_as_loaders_give_them(wrap: Any) -> None:
     model = Deep()
+    # A list inside is the model's own business: a detector takes a list of images.
+    model.register_forward_pre_hook(lambda m, args: args[0][0] if args and isinstance(args[0], list) else None)
     assert bn.recalibrate(model, [wrap(torch.randn(8, 4))]).layers["norm"].count == 8
 
 
@@ -396,15 +498,57 @@ def test_the_report_is_a_table() -> None:
     assert report.layers["norm"].mean_shift == 14.0 / 4.0
     assert report.layers["norm"].variance_ratio == (4.0, 16.0)
     assert str(report) == (
-        "1 batches, estimator 'pooled'\n"
+        "recalibrated 1 of 2 layers on 1 batch in 1 pass, order 'joint', estimator 'pooled'\n"
         "layer         values   mean moved by  variance times\n"
         "norm               3         3.5 std  4 to 16\n"
         "unused             0  not reached by any batch, left as it was"
     )
 
 
-def test_progress_counts_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    bn.recalibrate(single(), [torch.randn(8, 2, dtype=torch.float64)] * 2, progress=True)
-    captured = capsys.readouterr()
-    assert captured.err == "\rrecalibrate: 1 batches\rrecalibrate: 2 batches\n"
-    assert captured.out == ""
+class Frozen(nn.Module):
+    """As torchvision, timm and detectron2 define it: all four are buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 2.0), ("bias", 1.0), ("running_mean", 3.0), ("running_var", 4.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean) / self.running_var.sqrt() * self.weight + self.bias
+
+
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+def test_frozen_layers_are_left_alone_and_reported(order: Any) -> None:
+    model = nn.Sequential(Frozen(2), bn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.BatchNorm1d(2))
+    model[3].eval()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(16, 2)
+    report = bn.recalibrate(model, [x], skip_eval=True, order=order)
+    changed = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
+    assert report.left_alone == {
+        "0": "Frozen, whose parameters are buffers: frozen",
+        "3": "in eval mode (skip_eval=True)",
+    }
+    assert str(report).splitlines()[-2:] == [
+        "0                    left alone: Frozen, whose parameters are buffers: frozen",
+        "3                    left alone: in eval mode (skip_eval=True)",
+    ]
+
+
+def test_a_layer_that_does_not_know_its_channels_yet_is_refused() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        bn.recalibrate(nn.Sequential(nn.LazyBatchNorm1d()), [torch.randn(8, 2)])
+    assert str(caught.value) == (
+        "recalibrate: expected layers that know their channels, got 0 (LazyBatchNorm1d), which has seen no input. "
+        "Run the model once on a batch."
+    )
+
+
+def test_a_constant_channel_shows_in_the_report_without_nan() -> None:
+    model = nn.Sequential(bn.BatchNorm1d(2))
+    model[0].running_var[1] = 0
+    layer = bn.recalibrate(model, [torch.tensor([[1.0, 2.0], [3.0, 2.0]])]).layers["0"]
+    assert layer.mean_shift == float("inf")
+    assert layer.variance_ratio == (1.0, 2.0)

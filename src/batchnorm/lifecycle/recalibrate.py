@@ -3,87 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from batchnorm.checks import check_batch_size, nonfinite_channels, raise_nonfinite
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.functional import batch_moments
-from batchnorm.moments import Moments
-
-Estimator = Literal["pooled", "paper"]
-Forward = Callable[[nn.Module, Any], object]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """One layer before and after; tensors of shape (channels,), float64.
-
-    Arguments:
-        count: values a channel that were measured, over all batches; 0 where no batch reached the layer,
-            whose statistics then stay as they were
-        uses: how often the layer was run
-        mean_before, var_before, mean_after, var_after: its running statistics
-    """
-
-    count: int
-    uses: int
-    mean_before: Tensor
-    var_before: Tensor
-    mean_after: Tensor
-    var_after: Tensor
-
-    @property
-    def mean_shift(self) -> float:
-        """The largest move of a channel's mean, in units of its standard deviation after."""
-        shift = (self.mean_after - self.mean_before).abs() / self.var_after.sqrt()
-        return float(torch.nan_to_num(shift).max()) if shift.numel() else 0.0
-
-    @property
-    def variance_ratio(self) -> tuple[float, float]:
-        """The smallest and the largest factor by which a channel's variance changed."""
-        ratio = self.var_after / self.var_before
-        return (float(ratio.min()), float(ratio.max())) if ratio.numel() else (1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """What ``recalibrate`` did: how many batches it saw, and each layer's statistics by name."""
-
-    estimator: Estimator
-    batches: int
-    layers: dict[str, LayerStatistics]
-
-    def __str__(self) -> str:
-        width = max([5, *(len(name) for name in self.layers)])
-        lines = [
-            f"{self.batches} batches, estimator {self.estimator!r}",
-            f"{'layer':<{width}}  {'values':>12}  {'mean moved by':>14}  variance times",
-        ]
-        for name, layer in self.layers.items():
-            if layer.count == 0:
-                lines.append(f"{name:<{width}}  {0:>12}  not reached by any batch, left as it was")
-                continue
-            low, high = layer.variance_ratio
-            lines.append(f"{name:<{width}}  {layer.count:>12}  {layer.mean_shift:>10.3g} std  {low:.3g} to {high:.3g}")
-        return "\n".join(lines)
-
-
-@dataclass
-class _Collected:
-    """What one layer has been shown."""
-
-    pooled: Moments | None = None
-    means: list[Tensor] = field(default_factory=list)
-    variances: list[Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+from batchnorm.lifecycle.progress import OnProgress, shown
+from batchnorm.lifecycle.recalibration.collect import Estimator, Population
+from batchnorm.lifecycle.recalibration.gap import Gap
+from batchnorm.lifecycle.recalibration.observe import BUFFERS, Observation
+from batchnorm.lifecycle.recalibration.passes import Forward, Found, Runner, joint, sequential
+from batchnorm.lifecycle.recalibration.report import LayerStatistics, Order, Recalibration, counted
 
 
 def recalibrate(
@@ -91,15 +25,17 @@ def recalibrate(
     batches: Iterable[Any],
     *,
     estimator: Estimator = "pooled",
+    order: Order = "joint",
     forward: Forward | None = None,
     max_batches: int | None = None,
     skip_eval: bool = False,
-    progress: bool = False,
+    gap_batches: int = 0,
+    progress: bool | OnProgress = False,
 ) -> Recalibration:
     r"""Set the running statistics of every batch normalization layer to those of the given data.
 
-    The layers normalize with batch statistics, as in training; everything else, dropout included, runs in
-    eval mode; nothing is trained. What reaches each layer is measured and written into its running statistics:
+    The model runs in eval mode, dropout included, and nothing is trained. What reaches each layer is measured and
+    written into its running statistics by one of two estimators:
 
     - ``"pooled"``: mean and unbiased variance of all values together, by Chan's formula. Exact for any batch
       sizes in any order, and it counts the variance between batches.
@@ -107,24 +43,58 @@ def recalibrate(
       \mathrm{E}_B[\sigma_B^2]` over mini-batches of one size m (Ioffe and Szegedy 2015, Algorithm 2, lines
       8 to 11).
 
-    Works on the layers of this library and on those of ``torch.nn``. A layer that is used several times in a
-    forward is shown every use. ``num_batches_tracked`` becomes the number of batches a layer was shown.
+    What reaches a layer depends on how the layers before it normalize:
+
+    - ``order="joint"``: by the batch, as in training. One pass for all layers, and batches of any kind will do.
+    - ``order="sequential"``: by the population statistics that they will have in eval mode, so that each layer's
+      own are exactly those of its input there, however deep it lies and however small the batches are. One pass
+      for each group of layers: which ones depend on which is followed through every operation of the forward,
+      and layers that do not depend on each other share a pass. A forward ends as soon as the group was reached,
+      where every forward of the first pass used the layers in one order and no values were read by Python, on
+      which that order may hang. Layers that are used again on what they gave, or that depend on each other, have
+      no order: they are measured together, normalizing by the batch.
+
+    A batch with one value a channel (the last of a loader without ``drop_last``) cannot be normalized by itself.
+    In sequential order it need not be, and counts like any other. In joint order it is measured up to the first
+    layer where it has one value a channel, that one included, and its forward ends there. Under "paper" a single
+    sample is left out beside larger batches. The report says so.
+
+    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` (each process measures its own
+    batches) and subclasses, however their modules reach them: ``lifecycle.recalibration.observe`` says how, and
+    what remains unseen. A layer that is used several times in a forward is shown every use.
+    ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and
+    reported.
+
+    With ``gap_batches``, the train/eval gap is measured on the first so many batches, before and after:
+
+    - of the output: :math:`\|y_\text{eval} - y_\text{batch}\|_2 / \|y_\text{batch}\|_2` over all floating-point
+      outputs, where :math:`y_\text{batch}` has the layers normalizing by the batch. A ratio, without a unit.
+    - of a layer: with mean μ and variance σ² of its input in eval mode over these batches and running
+      statistics r and s, the root mean square over channels of the distance between
+      :math:`(x - r)/\sqrt{s + \epsilon}` and :math:`(x - \mu)/\sqrt{\sigma^2 + \epsilon}`. In standard deviations
+      of the normalized values.
 
     Arguments:
         model: changed in place in its running statistics and counters alone
-        batches: tensors, tuples or lists whose first element is the model's input, or dicts of its keyword
-            arguments; with ``forward``, anything
-        forward: called as ``forward(model, batch)`` instead, for example to move the batch to a device
-        max_batches: stop after so many
+        batches: tensors, or mappings of the model's keyword arguments, or tuples and lists whose first element
+            is the input: a tensor, such a mapping, a tuple of positional arguments, or anything else as it is; with
+            ``forward``, anything. For sequential order they must be such that can be gone through again (a list, a
+            DataLoader)
+        estimator, order: see above
+        forward: called as ``forward(model, batch)`` instead, for example to move the batch to a device. An
+            exception may end it early, see above
+        max_batches: stop each pass after so many
         skip_eval: leave layers that are in eval mode (frozen ones) as they are, and let them normalize so
-        progress: write the number of batches to standard error as they are done
+        gap_batches: measure the train/eval gap on so many batches, which are held in memory: three forwards each
+        progress: show a bar with the time left on standard error; or a function, called with the work done and
+            the work there is (None where that is not known), in batches
 
     Returns:
         the statistics of each layer before and after; ``print`` shows a table
 
     Raises:
-        ArgumentError: no batches, no layer to recalibrate, mini-batches of unequal size under "paper", or one
-            value a channel in a batch
+        ArgumentError: no batches, no layer to recalibrate, mini-batches of unequal size under "paper", values too
+            few for a variance, or batches that can be gone through only once in sequential order
         NonFiniteError: an Inf or NaN reached a layer; layer, channel and batch are named
         On any error, Ctrl-C included, the model is left exactly as it was.
 
@@ -134,137 +104,176 @@ def recalibrate(
     >>> report.batches, report.layers["1"].count
     (10, 320)
     """
-    if estimator not in get_args(Estimator):
-        invariant = f"an estimator among {get_args(Estimator)}"
-        raise ArgumentError(expected("recalibrate", invariant, repr(estimator), "Choose one of them."))
-    if max_batches is not None and max_batches < 1:
-        raise ArgumentError(expected("recalibrate", "max_batches of 1 or more", max_batches, "Leave it away for all."))
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.running_mean is not None
-        and not (skip_eval and not module.training)
-    }
-    if not layers:
-        todo = "Layers with track_running_stats=False have nothing to recalibrate."
-        raise ArgumentError(expected("recalibrate", "a layer with running statistics", "none", todo))
-    collected = {name: _Collected() for name in layers}
-    run = _default_forward if forward is None else forward
-    done = 0
-    with _collecting(model, layers, collected, estimator, lambda: done + 1), torch.no_grad():
-        for batch in itertools.islice(batches, max_batches):
-            run(model, batch)
-            done += 1
-            if progress:
-                print(f"\rrecalibrate: {done} batches", end="", file=sys.stderr, flush=True)
-    if progress and done:
-        print(file=sys.stderr)
-    if done == 0:
-        todo = "A generator that was already used up gives none."
-        raise ArgumentError(expected("recalibrate", "at least one batch", "an empty iterable", todo))
-    report = {name: _statistics(name, layer, collected[name], estimator) for name, layer in layers.items()}
-    _write(layers, report)
-    return Recalibration(estimator, done, report)
-
-
-@contextmanager
-def _collecting(
-    model: nn.Module,
-    layers: dict[str, _BatchNorm],
-    collected: dict[str, _Collected],
-    estimator: Estimator,
-    batch: Callable[[], int],
-) -> Iterator[None]:
-    """The model in eval mode, the layers on batch statistics without updates, each input measured on its way."""
-    modes = [(module, module.training) for module in model.modules()]
-    tracking = [(layer, layer.track_running_stats) for layer in layers.values()]
-    hooks = []
+    _check_arguments(estimator, order, batches, max_batches, gap_batches)
+    layers, left_alone = _choose(model, skip_eval)
+    before = {name: _statistics(layer) for name, layer in layers.items()}
+    observation = Observation(model, layers)
+    written: list[_Written] = []
     try:
-        model.eval()
-        for name, layer in layers.items():
-            layer.training = True
-            layer.track_running_stats = False
-            hook = _measure(name, collected[name], estimator, batch)
-            hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for layer, tracked in tracking:
-            layer.track_running_stats = tracked
-        for module, mode in modes:
-            module.training = mode
-
-
-def _measure(
-    name: str, into: _Collected, estimator: Estimator, batch: Callable[[], int]
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else kwargs["input"]
-        # Asked here too: a layer with too_few="running" would let such a batch pass.
-        check_batch_size(x)
-        found = batch_moments(x.detach())
-        bad = nonfinite_channels(found, None) if x.numel() else []
-        if bad:
-            raise_nonfinite(f"recalibrate: {name} ({type(module).__name__})", bad, batch())
-        into.pooled = found if into.pooled is None else into.pooled.merge(found)
-        into.sizes.append(x.numel() // max(1, x.shape[1]))
-        if estimator == "paper":
-            into.means.append(found.mean)
-            into.variances.append(found.variance(biased=False))
-
-    return hook
-
-
-def _statistics(name: str, layer: _BatchNorm, seen: _Collected, estimator: Estimator) -> LayerStatistics:
-    assert layer.running_mean is not None and layer.running_var is not None
-    before = (layer.running_mean.double().clone(), layer.running_var.double().clone())
-    if seen.pooled is None or sum(seen.sizes) == 0:
-        return LayerStatistics(0, len(seen.sizes), *before, *before)
-    after = (seen.pooled.mean, seen.pooled.variance(biased=False))
-    if estimator == "paper":
-        if len(set(seen.sizes)) > 1:
-            invariant = f'mini-batches of one size for {name or "the layer"} under estimator="paper"'
-            got = f"values a channel from {min(seen.sizes)} to {max(seen.sizes)}"
-            raise ArgumentError(
-                expected("recalibrate", invariant, got, 'Drop the last batch, or use estimator="pooled".')
-            )
-        after = (torch.stack(seen.means).mean(0), torch.stack(seen.variances).mean(0))
-    return LayerStatistics(sum(seen.sizes), len(seen.sizes), *before, *after)
-
-
-def _write(layers: dict[str, _BatchNorm], report: dict[str, LayerStatistics]) -> None:
-    """All of the layers or, if interrupted, none."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    kept = {name: {b: _clone(getattr(layer, b)) for b in buffers} for name, layer in layers.items()}
-    try:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                found = report[name]
-                if found.count == 0:
-                    continue
-                assert layer.running_mean is not None and layer.running_var is not None
-                layer.running_mean.copy_(found.mean_after)
-                layer.running_var.copy_(found.var_after)
-                if layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked.fill_(found.uses)
+        with shown("recalibrate", progress) as update:
+            observation.begin()
+            run = _default_forward if forward is None else forward
+            runner = Runner(model, observation, run, estimator, update)
+            found, gaps = _measure(runner, batches, order, max_batches, gap_batches)
+        observation.end()
+        report = _report(estimator, order, found, gaps, before, left_alone)
+        written.append(_Written(layers))
+        _write(layers, found.populations)
+        return report
     except BaseException:  # Ctrl-C as well: nothing is left half-changed, and it goes on up
-        with torch.no_grad():
-            for name, layer in layers.items():
-                for b in buffers:
-                    if kept[name][b] is not None:
-                        getattr(layer, b).copy_(kept[name][b])
+        # Once more: what was interrupted may have been this very call.
+        observation.end()
+        for each in written:
+            each.undo()
         raise
 
 
-def _clone(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.clone()
+def _check_arguments(
+    estimator: str, order: str, batches: Iterable[Any], max_batches: int | None, gap_batches: int
+) -> None:
+    if estimator not in get_args(Estimator):
+        invariant = f"an estimator among {get_args(Estimator)}"
+        raise ArgumentError(expected("recalibrate", invariant, repr(estimator), "Choose one of them."))
+    if order not in get_args(Order):
+        invariant = f"an order among {get_args(Order)}"
+        raise ArgumentError(expected("recalibrate", invariant, repr(order), "Choose one of them."))
+    if max_batches is not None and max_batches < 1:
+        raise ArgumentError(expected("recalibrate", "max_batches of 1 or more", max_batches, "Leave it away for all."))
+    if gap_batches < 0:
+        raise ArgumentError(expected("recalibrate", "gap_batches of 0 or more", gap_batches, "0 measures no gap."))
+    if order == "sequential" and isinstance(batches, Iterator):
+        invariant = 'batches that can be gone through again for order="sequential"'
+        todo = 'Give a list or a DataLoader, or use order="joint".'
+        raise ArgumentError(expected("recalibrate", invariant, f"a {type(batches).__name__}", todo))
+
+
+def _choose(model: nn.Module, skip_eval: bool) -> tuple[dict[str, _BatchNorm], dict[str, str]]:
+    """The layers to measure, and those with running statistics that are left alone, with the reason."""
+    layers: dict[str, _BatchNorm] = {}
+    left_alone: dict[str, str] = {}
+    for name, module in model.named_modules():
+        buffers = {b: t for b, t in module._buffers.items() if t is not None}
+        if not {"running_mean", "running_var"} <= buffers.keys():
+            continue
+        kind = type(module).__name__
+        if not isinstance(module, _BatchNorm):
+            frozen = {"weight", "bias"} <= buffers.keys()
+            left_alone[name] = f"{kind}, whose parameters are buffers: frozen" if frozen else f"{kind}, another kind"
+        elif is_lazy(buffers["running_mean"]):
+            got, todo = f"{name} ({kind}), which has seen no input", "Run the model once on a batch."
+            raise ArgumentError(expected("recalibrate", "layers that know their channels", got, todo))
+        elif skip_eval and not module.training:
+            left_alone[name] = "in eval mode (skip_eval=True)"
+        else:
+            layers[name] = module
+    if not layers:
+        todo = "Layers with track_running_stats=False have nothing to recalibrate."
+        raise ArgumentError(expected("recalibrate", "a layer with running statistics", "none", todo))
+    return layers, left_alone
+
+
+# The gap of the output, and that of each layer.
+_Gap = tuple[float, dict[str, float]]
+
+
+def _measure(
+    runner: Runner, batches: Iterable[Any], order: Order, max_batches: int | None, gap_batches: int
+) -> tuple[Found, tuple[_Gap, _Gap] | None]:
+    length = _length(batches)
+    if length is not None and max_batches is not None:
+        length = min(length, max_batches)
+    stream = iter(itertools.islice(batches, max_batches))
+    kept = list(itertools.islice(stream, gap_batches))
+    gap = Gap(runner, kept) if kept else None
+    before = None if gap is None else gap.measure()
+    if order == "joint":
+        found = joint(runner, itertools.chain(kept, stream), length)
+    else:
+        found = sequential(runner, batches, max_batches, length)
+    if gap is None or before is None:
+        return found, None
+    for name, population in found.populations.items():
+        if population is not None:
+            runner.observation.put(name, population.mean, population.var)
+    after = gap.measure()
+    found.notes.append(f"train/eval gaps were measured on {counted(gap.batches, 'batch')}")
+    return found, (before, after)
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a loader over a data set that does not know its own
+        return None
+
+
+def _report(
+    estimator: Estimator,
+    order: Order,
+    found: Found,
+    gaps: tuple[_Gap, _Gap] | None,
+    before: dict[str, tuple[Tensor, Tensor]],
+    left_alone: dict[str, str],
+) -> Recalibration:
+    layers = {}
+    for name, population in found.populations.items():
+        then = before[name]
+        now, count, uses = then, 0, 0
+        if population is not None:
+            now, count, uses = (population.mean, population.var), population.count, population.uses
+        own = (None, None) if gaps is None else (gaps[0][1].get(name), gaps[1][1].get(name))
+        layers[name] = LayerStatistics(count, uses, *then, *now, *own)
+    gap_before, gap_after = (None, None) if gaps is None else (gaps[0][0], gaps[1][0])
+    return Recalibration(
+        estimator=estimator,
+        order=order,
+        batches=found.batches,
+        passes=found.passes,
+        layers=layers,
+        left_alone=left_alone,
+        gap_before=gap_before,
+        gap_after=gap_after,
+        notes=tuple(found.notes),
+    )
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean.detach().double().clone(), layer.running_var.detach().double().clone()
+
+
+class _Written:
+    """The layers' buffers as they were before something was written into them."""
+
+    def __init__(self, layers: dict[str, _BatchNorm]) -> None:
+        buffers = [getattr(layer, b) for layer in layers.values() for b in BUFFERS]
+        self._kept = [(t, t.clone()) for t in buffers if t is not None]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for t, kept in self._kept:
+            t.copy_(kept)
+
+
+@torch.no_grad()
+def _write(layers: dict[str, _BatchNorm], populations: dict[str, Population | None]) -> None:
+    for name, layer in layers.items():
+        found = populations[name]
+        if found is None:
+            continue
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.copy_(found.mean)
+        layer.running_var.copy_(found.var)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(found.uses)
 
 
 def _default_forward(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        batch = batch[0]
-    return model(batch)
+    if not isinstance(batch, (tuple, list)):
+        return model(batch)
+    first = batch[0]
+    if isinstance(first, Mapping):
+        return model(**first)
+    return model(*first) if isinstance(first, tuple) else model(first)

@@ -1,0 +1,1 @@
+"""The parts of ``recalibrate``: the model under observation, dependence, the passes over the batches, the report."""
