@@ -533,7 +533,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="convert: hooks bound to the old layer stay bound to it",
-        file="src/batchnorm/lifecycle/transaction.py",
+        file="src/batchnorm/lifecycle/conversion/transaction.py",
         old="hooks[key] = _bound_to(new, layer, hook)",
         new="hooks[key] = hook",
         tests=(
@@ -542,14 +542,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="convert: a join that computes something else is handed over",
-        file="src/batchnorm/lifecycle/agreement.py",
+        file="src/batchnorm/lifecycle/conversion/agreement.py",
         old="if not difference <= ROUNDING[dtype]:",
         new="if difference < 0:",
         tests=("tests/lifecycle/test_fuse.py::test_a_join_that_computes_something_else_is_found_and_not_made",),
     ),
     Mutant(
         name="convert: the residual is left away",
-        file="src/batchnorm/lifecycle/rewrite.py",
+        file="src/batchnorm/lifecycle/conversion/rewrite.py",
         old='node.kwargs = {**node.kwargs, "residual": other}',
         new="node.kwargs = {**node.kwargs}",
         tests=("tests/lifecycle/test_fuse.py::test_every_form_of_an_addition_is_taken_over_as_the_residual",),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from architectures import ARCHITECTURES, built, images, train
-from batchnorm.lifecycle.conversion import Conversion
+from batchnorm.lifecycle.conversion.report import Conversion
 from tolerances import assert_close, assert_not_worse_than_torch, to_float64
 
 

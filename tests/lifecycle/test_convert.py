@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError
-from batchnorm.lifecycle.conversion import Conversion
+from batchnorm.lifecycle.conversion.report import Conversion
 from batchnorm.nn.distributed import SyncBatchNorm
 from tolerances import assert_close, to_float64
 

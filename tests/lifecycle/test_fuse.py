@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.lifecycle import fuse as fusing
-from batchnorm.lifecycle.conversion import Conversion, Fusion
+from batchnorm.lifecycle.conversion import fuse as fusing
+from batchnorm.lifecycle.conversion.report import Conversion, Fusion
 from tolerances import assert_close, to_float64
 
 X = torch.randn(4, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

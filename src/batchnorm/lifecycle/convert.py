@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.lifecycle import fuse as fusing
-from batchnorm.lifecycle.conversion import Conversion, Fusion, LayerChange
-from batchnorm.lifecycle.layers import Swap, class_name, is_norm, is_ours, to_ours, to_torchs
-from batchnorm.lifecycle.places import places
-from batchnorm.lifecycle.transaction import Transaction, transaction
+from batchnorm.lifecycle.conversion import fuse as fusing
+from batchnorm.lifecycle.conversion.layers import Swap, class_name, is_norm, is_ours, to_ours, to_torchs
+from batchnorm.lifecycle.conversion.places import places
+from batchnorm.lifecycle.conversion.report import Conversion, Fusion, LayerChange
+from batchnorm.lifecycle.conversion.transaction import Transaction, transaction
 
 Report = Callable[[Conversion], object]
 Names = dict[nn.Module, list[str]]

@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from batchnorm.lifecycle.dataflow import ADDITIONS, Activity, activation_of
+from batchnorm.lifecycle.conversion.dataflow import ADDITIONS, Activity, activation_of
 
 _FUNCTIONS = {F.relu, torch.relu, torch.relu_, F.leaky_relu, F.leaky_relu_, F.silu, F.gelu, F.sigmoid, F.tanh}
 _FUNCTIONS |= {torch.sigmoid, torch.sigmoid_, torch.tanh, torch.tanh_, F.relu_}

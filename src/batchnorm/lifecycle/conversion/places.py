@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from batchnorm.lifecycle.layers import is_ours
-from batchnorm.lifecycle.transaction import Transaction
+from batchnorm.lifecycle.conversion.layers import is_ours
+from batchnorm.lifecycle.conversion.transaction import Transaction
 
 MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

@@ -11,12 +11,19 @@ import torch
 from torch import nn
 
 from batchnorm.kernels import use_backend
-from batchnorm.lifecycle.agreement import agreement, random_kept, run
-from batchnorm.lifecycle.conversion import Fusion
-from batchnorm.lifecycle.dataflow import Activity, Recording, Use, Value
-from batchnorm.lifecycle.layers import MEMORY, TORCHS, Origin, plain_class, with_activation, without_activation
-from batchnorm.lifecycle.rewrite import Join, Rewrite, class_before, rewrite, rewritten_class
-from batchnorm.lifecycle.transaction import Transaction
+from batchnorm.lifecycle.conversion.agreement import agreement, random_kept, run
+from batchnorm.lifecycle.conversion.dataflow import Activity, Recording, Use, Value
+from batchnorm.lifecycle.conversion.layers import (
+    MEMORY,
+    TORCHS,
+    Origin,
+    plain_class,
+    with_activation,
+    without_activation,
+)
+from batchnorm.lifecycle.conversion.report import Fusion
+from batchnorm.lifecycle.conversion.rewrite import Join, Rewrite, class_before, rewrite, rewritten_class
+from batchnorm.lifecycle.conversion.transaction import Transaction
 from batchnorm.nn.batchnorm import BatchNorm
 from batchnorm.nn.frozen import FrozenBatchNorm2d
 
