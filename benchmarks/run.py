@@ -18,6 +18,8 @@ from batchnorm.bench.results import ResNet
 from batchnorm.bench.run import Entry
 from batchnorm.bench.show import Screen
 from batchnorm.errors import BatchNormError
+from batchnorm.report.command import REFUSED, SUCCESS
+from batchnorm.report.command import run as run_command
 from benchmarks import registry
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = networks(options.full, threads) if matches_network(options.filter) else []
         if options.list:
             print("\n".join(f"{entry.case.family}: {entry.case}" for entry in entries))
-            return 0
+            return SUCCESS
         if not entries and not steps:
             print(f"benchmarks: no case has {' and '.join(options.filter)} in its name", file=sys.stderr)
-            return 2
+            return REFUSED
         path = options.json or RESULTS / f"{name}.json"
         return carry_out(
             entries, FULL if options.full else SHORT, name, Screen(quiet=options.quiet), networks=steps, json_path=path,
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
     except BatchNormError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
 
 
 def matches(entry: Entry, words: Sequence[str]) -> bool:
@@ -91,4 +93,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks", main))

@@ -38,6 +38,7 @@ def row(shape: tuple[int, ...], ours: float, torch: float, copy: float, **others
         times_clone={},
         lost=ours / torch if ours / torch > 1.05 else None,
         memory=None,
+        memory_skipped=None,
     )
     made.update(others)  # type: ignore[typeddict-item]
     return made

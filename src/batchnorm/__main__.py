@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from batchnorm.errors import BatchNormError
+from batchnorm.report.command import REFUSED, SUCCESS, run
 
 _TOOLS = ("typer", "rich", "matplotlib", "jinja2", "sklearn")
 
@@ -13,8 +14,12 @@ def main() -> None:
     """Run the command line.
 
     Exits with 2 and one line on standard error where the request cannot be met: an argument or data of no use, or
-    a package of ``batchnorm[tools]`` that is not installed.
+    a package of ``batchnorm[tools]`` that is not installed. For streams and signals see ``report.command.run``.
     """
+    sys.exit(run("batchnorm", _command))
+
+
+def _command() -> int:
     try:
         from batchnorm.cli import app
 
@@ -23,14 +28,15 @@ def main() -> None:
         package = (missing.name or "").partition(".")[0]
         if package not in _TOOLS:
             raise
-        _refuse(f"the command line needs {package}, which is not installed: pip install 'batchnorm[tools]'")
+        return _refuse(f"the command line needs {package}, which is not installed: pip install 'batchnorm[tools]'")
     except BatchNormError as error:
-        _refuse(str(error))
+        return _refuse(str(error))
+    return SUCCESS
 
 
-def _refuse(why: str) -> None:
+def _refuse(why: str) -> int:
     print(f"batchnorm: {why}", file=sys.stderr)
-    sys.exit(2)
+    return REFUSED
 
 
 if __name__ == "__main__":

@@ -52,11 +52,11 @@ from batchnorm.errors import ArgumentError
         ),
         (
             lambda: parse_threads("1,0"),
-            'bench: expected threads of 1 or more, or "all", got \'1,0\'. Give e.g. "1,all".',
+            'bench: expected threads from 1 to 1024, or "all", got \'1,0\'. Give e.g. "1,all".',
         ),
         (
             lambda: parse_threads("two"),
-            'bench: expected threads of 1 or more, or "all", got \'two\'. Give e.g. "1,all".',
+            'bench: expected threads from 1 to 1024, or "all", got \'two\'. Give e.g. "1,all".',
         ),
     ],
 )

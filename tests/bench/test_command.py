@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_it_measures_the_users_shape_and_leaves_json_and_plot(
         ),
         (
             ["--threads", "0"],
-            'batchnorm: bench: expected threads of 1 or more, or "all", got \'0\'. Give e.g. "1,all".\n',
+            'batchnorm: bench: expected threads from 1 to 1024, or "all", got \'0\'. Give e.g. "1,all".\n',
         ),
         (
             ["--peers", "tensorflow"],
@@ -76,6 +77,10 @@ def test_it_measures_the_users_shape_and_leaves_json_and_plot(
         (
             ["--plot", "bench.txt"],
             "batchnorm: bench: expected a plot named .png, .svg, .pdf, got 'bench.txt'. Name it e.g. bench.png.\n",
+        ),
+        (
+            ["--plot", "b.png", "--json", "b.png"],
+            "batchnorm: bench: expected two files, got b.png for both. Name the JSON otherwise.\n",
         ),
         (["--seconds", "0"], "batchnorm: bench: expected more than 0 seconds for a case, got 0.0. Give e.g. 2.\n"),
     ],
@@ -151,3 +156,20 @@ def test_cases_for_which_there_is_no_time_are_named(capsys: pytest.CaptureFixtur
     assert read["left_out"] == ["4×6×5×5 float32 contiguous forward+backward"]
     assert not read["complete"] and read["rows"] == []
     assert "Left out for want of time: 1 case, named in the JSON\n" in capsys.readouterr().out
+
+
+def test_a_json_that_cannot_be_written_loses_neither_the_run_nor_the_plot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(path: Path, report: Report) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command.results, "write", full)
+    monkeypatch.setattr(command, "_SAVE_EVERY", 0.0)  # after each case too
+    paths = {"json_path": tmp_path / "b.json", "plot_path": tmp_path / "b.png"}
+    assert command.carry_out([SMALL], QUICK, "own", Screen(quiet=True), **paths) == 1
+    said = capsys.readouterr()
+    line = f"bench: the results could not be written to {tmp_path / 'b.json'}: No space left on device.\n"
+    assert said.err == 2 * line
+    assert said.out.endswith(f"Written: {tmp_path / 'b.png'}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]

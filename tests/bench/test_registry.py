@@ -87,5 +87,5 @@ def test_words_that_pick_nothing_are_said(capsys: pytest.CaptureFixture[str]) ->
 def test_wrong_threads_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--threads", "none"]) == 2
     assert capsys.readouterr().err == (
-        'benchmarks: bench: expected threads of 1 or more, or "all", got \'none\'. Give e.g. "1,all".\n'
+        'benchmarks: bench: expected threads from 1 to 1024, or "all", got \'none\'. Give e.g. "1,all".\n'
     )

@@ -244,6 +244,8 @@ def test_too_few_images(small_digits: Digits) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"steps": 10**9 + 1}, "at most 1000000000 steps, got 1000000001. Take 50000, the paper's, or fewer."),
+        ({"seeds": 1001}, "at most 1000 seeds, got 1001. Each seed is one run of both networks."),
         ({"steps": 0}, "steps of at least 1, got 0. Take 50000, the paper's, or fewer."),
         ({"learning_rate": -0.1}, "a learning rate above 0, got -0.1. The default is 0.1."),
         ({"learning_rate": 0.0}, "a learning rate above 0, got 0.0. The default is 0.1."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,42 @@ def test_a_full_disk_is_reported_after_the_results_were_shown(
     spoken = Spoken()
     out = tmp_path / "out"
     assert command.reproduce(Settings(steps=1), str(idx_folder), out, spoken.terminal) == 1
-    assert names(out) == set()
+    assert not out.exists()
     assert "Test accuracy after the last step:" in spoken.results
     assert spoken.complaints == (f"reproduce: the results could not be written to {out}: No space left on device.\n")
+
+
+@pytest.mark.parametrize(("presses", "kept"), [(1, True), (2, False)])
+def test_it_takes_a_second_interruption_to_lose_results_that_are_being_written(
+    idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, presses: int, kept: bool
+) -> None:
+    fsync = os.fsync
+    calls: list[int] = []
+
+    def interrupt(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) <= presses:
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    spoken = Spoken()
+    out = tmp_path / "out"
+    assert command.reproduce(Settings(steps=1), str(idx_folder), out, spoken.terminal) == 130
+    if kept:
+        assert names(out) == FILES
+        assert spoken.complaints == "Interrupted at seed 0, step 1 of 1: that was the last, and all is written.\n"
+    else:
+        assert not out.exists()
+        assert spoken.complaints == "Interrupted again while the results were written; nothing is written.\n"
+
+
+def test_files_are_there_before_results_are_shown(
+    idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken = Spoken()
+    out = tmp_path / "out"
+    found: list[set[str]] = []
+    monkeypatch.setattr(spoken.terminal, "show", lambda metrics: found.append(names(out)))
+    assert command.reproduce(Settings(steps=1), str(idx_folder), out, spoken.terminal) == 0
+    assert found == [FILES]

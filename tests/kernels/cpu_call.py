@@ -54,7 +54,7 @@ def pack(
         activation, int(stream),
     )  # fmt: skip
     addresses = [address(name) for name in (*_TENSORS, *_VECTORS)]
-    return how + slots.pack_what(*addresses, eps, factor, slope, count)
+    return how + slots.pack_what(*addresses, eps, factor, slope, count) + slots.pack_far(0)
 
 
 def call(family: Any, kernel: str, x: torch.Tensor, *, threads: int = 1, **arguments: Any) -> None:

@@ -27,4 +27,4 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
     """Run code after a small kernel was defined as ``measure()``. An empty variable is as if it were not set."""
     source = _START.format(tests=str(Path(__file__).parents[1])) + textwrap.dedent(code)
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=variables, timeout=100)
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=variables, timeout=250)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numba
 import pytest
 
 import batchnorm
@@ -26,6 +28,47 @@ def test_a_second_process_takes_kernels_from_the_cache(tmp_path: Path) -> None:
     first, second = (in_a_new_process(code, NUMBA_CACHE_DIR=folder) for _ in range(2))
     assert (first.stdout, second.stdout) == ("0\n", "1\n"), first.stderr + second.stderr
     assert (first.stderr, second.stderr) == ("", "")
+
+
+BROKEN = {
+    "empty": lambda whole: b"",
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "cut off at the end": lambda whole: whole[:-1],
+    "garbage": lambda whole: bytes(range(255, 0, -1)) * 20,
+    "a pickle of something else": lambda whole: pickle.dumps({"something": "else"}),
+    "two pickles of something else": lambda whole: pickle.dumps(numba.__version__) + pickle.dumps(42),
+    "a pickle of a tuple": lambda whole: pickle.dumps(("a", "b", 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the compiled kernel of ``measure()``."""
+    folder = tmp_path_factory.mktemp("cached")
+    done = in_a_new_process("measure()", NUMBA_CACHE_DIR=str(folder))
+    assert (done.stdout, done.stderr) == ("", "")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_a_broken_file_of_the_cache_is_replaced(ending: str, how: str, cached: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(cached, folder)
+    (file,) = folder.rglob(f"*.{ending}")
+    whole = file.read_bytes()
+    broken = BROKEN[how](whole)
+    file.write_bytes(broken)
+    code = """
+        measure()
+        print(outside.family(4, 300).MOMENTS["float32"]._compiled.cache_hits)
+    """
+    first, second = (in_a_new_process(code, NUMBA_CACHE_DIR=str(folder)) for _ in range(2))
+    assert (first.stdout, second.stdout) == ("0\n", "1\n"), first.stderr + second.stderr
+    assert (first.stderr, second.stderr) == ("", "")
+    assert len(list(folder.rglob("*.nb?"))) == 2
+    assert file.read_bytes() != broken
 
 
 def test_counting_what_a_call_needs_compiles_nothing() -> None:
@@ -57,7 +100,7 @@ def installed() -> Iterator[Path]:
 def test_without_a_folder_that_can_be_written_kernels_work_and_one_warning_says_so(
     blocked_by: str, installed: Path
 ) -> None:
-    """Neither ``__pycache__`` beside the package nor the user's cache folder. Permissions do not stop root."""
+    """Neither ``__pycache__`` beside the package nor the user's cache folder."""
     kernels, home = installed / "batchnorm" / "kernels" / "cpu", installed / "home"
     if blocked_by == "permissions":
         home.mkdir()
@@ -67,9 +110,10 @@ def test_without_a_folder_that_can_be_written_kernels_work_and_one_warning_says_
         home.write_text("")
         (kernels / "__pycache__").write_text("")
     code = f"""
-        import os, warnings
-        if {blocked_by == "permissions"} and os.geteuid() == 0:
-            os.setuid(65534)
+        import warnings
+        from permissions import obey_permissions
+        if {blocked_by == "permissions"} and not obey_permissions():
+            sys.exit("permissions do not count")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             measure()
@@ -79,6 +123,8 @@ def test_without_a_folder_that_can_be_written_kernels_work_and_one_warning_says_
     """
     elsewhere = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "LOCALAPPDATA": str(home), "NUMBA_CACHE_DIR": ""}
     done = in_a_new_process(code, PYTHONPATH=str(installed), **elsewhere)
+    if done.stderr == "permissions do not count\n":
+        pytest.skip("permissions do not stop this user, who cannot give that privilege up")
     message = (
         "batchnorm: no folder for compiled kernels can be written, so each process compiles them anew. "
         "Set NUMBA_CACHE_DIR to a folder that can be."

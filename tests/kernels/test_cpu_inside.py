@@ -11,7 +11,7 @@ import torch
 
 from batchnorm import reference
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu import inside
+from batchnorm.kernels.cpu import inside, inside_few
 from batchnorm.kernels.cpu.inside_rows import cut, fold_of
 from kernels.cpu_call import call
 from tolerances import assert_close, silence_kinks, to_float64
@@ -27,6 +27,8 @@ SHAPES = [
 
 class Case:
     """Tensors of one call, and what the reference makes of them."""
+
+    family: Any = inside
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class Case:
         size = inside.scratch(rows, 1, channels, 8 if self.dtype == torch.float64 else 4, threads)
         scratch = torch.full((size,), math.nan, dtype=torch.float64)
         for phase in (1, 2) if split else (0,):
-            call(inside, kernel, threads=threads, phase=phase, scratch=scratch, **tensors, **codes)
+            call(self.family, kernel, threads=threads, phase=phase, scratch=scratch, **tensors, **codes)
 
     def run_forward(self, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
         y, stats = self.empty(), torch.empty(2, self.x.shape[1], dtype=torch.float64)
@@ -177,6 +179,27 @@ def test_training(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     case.check_statistics(*stats)
     case.check_y(y)
     case.check_backward(case.run_backward())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(2, 4096), (3, 5003), (32, 4100)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_many_channels(dtype: torch.dtype, shape: tuple[int, int], residual: bool, activation: str) -> None:
+    """Blocks of columns, the last one of them short; the same bits on any number of threads."""
+    case = Case(shape, dtype, activation=activation, residual=residual)
+    case.family = inside_few
+    assert inside_few.serves(*shape)
+    y, stats = case.run_forward()
+    if shape[0] > 2:  # of two values the variance may be near 0
+        case.check_statistics(*stats)
+        case.check_y(y)
+        case.check_backward(case.run_backward())
+    again = case.run_forward(threads=2)
+    assert torch.equal(y, again[0])
+    assert torch.equal(stats, again[1])
+    one, two = case.run_backward(), case.run_backward(threads=2)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -389,7 +412,11 @@ def test_runs_of_rows_that_are_not_equally_spaced() -> None:
         for n in ((strides[name].stride(0), strides[name].stride(2)) if name in strides else (0, 0))
     ]
     addresses = [x.data_ptr(), 0, y.data_ptr()] + [0] * 7 + [stats.data_ptr()] + [0] * 7 + [scratch.data_ptr(), 0]
-    block = slots.pack_how(*how, *steps, 0, 1, 0, 0, 0) + slots.pack_what(*addresses, 1e-5, 0.1, 0.0, 0.0)
+    block = (
+        slots.pack_how(*how, *steps, 0, 1, 0, 0, 0)
+        + slots.pack_what(*addresses, 1e-5, 0.1, 0.0, 0.0)
+        + slots.pack_far(0)
+    )
     from batchnorm.kernels.cpu.threads import launch
 
     launch(inside.FORWARD["float32"], block, 2)

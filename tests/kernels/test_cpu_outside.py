@@ -165,6 +165,14 @@ def test_a_mean_far_from_zero_costs_no_digits(shape: tuple[int, int, int], mean:
     check_backward(case)
 
 
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 1e4), (torch.float32, 0.0), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize("shape", [(32, 64, 784), (600, 256, 2), (1000, 64, 3)])
+def test_sums_of_many_values_cost_no_digits(shape: tuple[int, int, int], dtype: torch.dtype, mean: float) -> None:
+    """Squares of values on a coarse grid are rounded down more often than up: long chains of them lose digits."""
+    case = Case(shape, dtype, mean=mean)
+    case.check_forward(*outside_forward(case.x, **case.options))
+
+
 @pytest.mark.parametrize("shape", [(32, 4, 49), (32, 4, 784), (8, 4, 1500)])
 def test_batches_at_different_levels_cost_no_digits(shape: tuple[int, int, int]) -> None:
     """The shift comes from the first elements of a chunk; here they are far from all the others."""

@@ -6,7 +6,8 @@ import io
 
 from rich.console import Console
 
-from batchnorm.report.terminal import Terminal
+from batchnorm.report.table import Table
+from batchnorm.report.terminal import Terminal, print_table
 
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
@@ -79,3 +80,12 @@ def test_lines_are_neither_wrapped_nor_read_as_markup() -> None:
     terminal.complain("[red]" + "y " * 100)
     assert said.getvalue() == "[bold]" + "x" * 200 + "\n"
     assert complained.getvalue() == "[red]" + "y " * 100 + "\n"
+
+
+def test_a_table_wider_than_the_terminal_is_given_as_lines() -> None:
+    table = Table("Sizes", ("file", "bytes"), [("a" * 30, "1")])
+    for width, text in ((60, "─"), (30, f"Sizes:\n  {'a' * 30}: bytes 1\n")):
+        file = io.StringIO()
+        print_table(Console(file=file, force_terminal=True, width=width, color_system=None), table)
+        assert text in file.getvalue()
+        assert "…" not in file.getvalue()

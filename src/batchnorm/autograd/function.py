@@ -38,6 +38,7 @@ class Call:
     population: tuple[Tensor, Tensor] | None = None  # mean and variance of inference; None: the batch's own
     running: Running | None = None  # updated by the forward
     stats: Tensor | None = None  # found by the forward in training: mean and biased variance, (2, channels)
+    bias: Tensor | None = None  # beside what autograd saves: backward does not look at its values, and they may change
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -71,8 +72,8 @@ class BatchNormFunction(torch.autograd.Function):
             activation, training=call.population is None, needs=NEEDS[ctx.needs_input_grad[:4]],
             residual=residual is not None,
         )  # fmt: skip
-        # Not saved where its values are not looked at, so that it may change before backward.
-        ctx.bias = None if keep_bias else bias
+        if not keep_bias:
+            call.bias = bias
         if residual is None and sample_weight is None and mask is None and not keep_y:
             ctx.save_for_backward(x if keep_x else None, weight, bias if keep_bias else None, stats)
             return y
@@ -130,7 +131,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     """x, weight, bias, stats, residual, sample_weight, y and mask as forward kept them."""
     saved: tuple[Any, ...] = ctx.saved_tensors
     x, weight, bias, stats, *rest = saved
-    return (x, weight, ctx.bias if bias is None else bias, stats, *(rest or (None, None, None, None)))
+    return (x, weight, ctx.call.bias if bias is None else bias, stats, *(rest or (None, None, None, None)))
 
 
 def _through_graph(

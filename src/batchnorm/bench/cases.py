@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ MODES = ("forward", "forward+backward", "inference")
 # What follows the normalization: nothing, a ReLU, or a sum with another tensor and then a ReLU.
 EXTRAS = ("plain", "relu", "residual+relu")
 
+_MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as were asked for
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -81,7 +83,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)  # of any size: whether it fits into memory is asked before it is made
 
     @property
     def bytes(self) -> int:
@@ -135,9 +137,9 @@ def parse_threads(text: str) -> tuple[int, ...]:
             count = torch.get_num_threads()
         else:
             count = int(word) if word.isascii() and word.isdigit() else 0
-        if count < 1:
+        if not 1 <= count <= _MOST_THREADS:
             todo = 'Give e.g. "1,all".'
-            raise ArgumentError(expected("bench", 'threads of 1 or more, or "all"', repr(text), todo))
+            raise ArgumentError(expected("bench", f'threads from 1 to {_MOST_THREADS}, or "all"', repr(text), todo))
         if count not in counts:
             counts.append(count)
     return tuple(counts)

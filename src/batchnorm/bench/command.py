@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from batchnorm.bench import machine, plot, results
@@ -18,12 +19,8 @@ from batchnorm.bench.results import SCHEMA, Report, ResNet, Row
 from batchnorm.bench.run import Entry, run
 from batchnorm.bench.show import Screen, opening, row_line, show
 from batchnorm.errors import ArgumentError, BatchNormError, expected
+from batchnorm.report.command import FAILED, INTERRUPTED, REFUSED, SUCCESS
 from batchnorm.report.files import require_writable
-
-SUCCESS = 0
-WRONG = 1  # a result of ours was off, networks that should agree differ, or the results could not be written
-REFUSED = 2  # nothing was measured: a file that cannot be written
-INTERRUPTED = 130  # as a shell counts Ctrl-C
 
 YARDSTICKS = ("copy", "clone", "memmove")
 DEFAULT_PEERS = ("torch", "compile", "onednn")
@@ -57,7 +54,8 @@ def bench(
         quiet: plain lines
 
     Returns:
-        the exit code: ``SUCCESS``, ``WRONG``, ``REFUSED`` or ``INTERRUPTED``
+        the exit code: of ``report.command``; ``FAILED`` where a result of ours was off, networks that should agree
+        differ, or the results could not be written
 
     Raises:
         ArgumentError: one of them is not what it must be; nothing was measured
@@ -125,6 +123,8 @@ def carry_out(
     """
     if plot_path is not None:
         plot.check(plot_path)
+        if plot_path == json_path:
+            raise ArgumentError(expected("bench", "two files", f"{plot_path} for both", "Name the JSON otherwise."))
     for path in (json_path, plot_path):
         if path is not None and (why := _unwritable(path)) is not None:
             screen.complain(expected("bench", "a file that can be written", f"{path}: {why}", "Choose another one."))
@@ -161,7 +161,7 @@ def carry_out(
             screen.say(f"[{len(report['rows'])}/{total}] {row_line(row)}")
             if json_path is not None and time.perf_counter() - saved > _SAVE_EVERY:
                 saved = time.perf_counter()
-                results.write(json_path, _closed(report, saved - begun))
+                _write(json_path, partial(results.write, report=_closed(report, saved - begun)), screen)
         for network in networks:
             try:
                 report["resnet50"].append(network())
@@ -173,19 +173,31 @@ def carry_out(
     except KeyboardInterrupt:
         screen.complain("Interrupted: what was measured until here is kept.")
     report = _closed(report, time.perf_counter() - begun)
+    # Files first: what is printed may be lost, and an interruption may come meanwhile.
+    lines: list[str | None] = []
+    if json_path is not None:
+        lines.append(_write(json_path, partial(results.write, report=report), screen))
+    if plot_path is not None:
+        lines.append(_write(plot_path, partial(plot.draw, rows=report["rows"], machine=here), screen))
     show(screen, report)
-    try:
-        if json_path is not None:
-            results.write(json_path, report)
-            screen.say(f"Written: {json_path}")
-        if plot_path is not None and plot.draw(plot_path, report["rows"], here):
-            screen.say(f"Written: {plot_path}")
-    except OSError as error:
-        screen.complain(f"bench: the results could not be written: {error.strerror}.")
-        return WRONG
+    for line in lines:
+        if line is not None:
+            screen.say(line)
+    if None in lines:
+        return FAILED
     if not finished:
         return INTERRUPTED
-    return WRONG if failed or any(_is_wrong(row) for row in report["rows"]) else SUCCESS
+    return FAILED if failed or any(_is_wrong(row) for row in report["rows"]) else SUCCESS
+
+
+def _write(path: Path, write: Callable[[Path], int], screen: Screen) -> str | None:
+    """What to say of the file in the end; None, and a complaint now, where it could not be written."""
+    try:
+        rows = write(path)
+    except OSError as error:
+        screen.complain(f"bench: the results could not be written to {path}: {error.strerror}.")
+        return None
+    return f"Written: {path}" if rows else f"Not written: {path}, since no case has a speed and a copy beside it"
 
 
 def _fits(case: Case) -> None:
@@ -212,10 +224,10 @@ def _is_wrong(row: Row) -> bool:
 
 
 def _unwritable(path: Path) -> str | None:
-    if path.is_dir():
-        return "it is a folder"
     try:
-        require_writable(path.parent)
+        require_writable(path.parent, [path.name])
+    except IsADirectoryError:
+        return "it is a folder"
     except OSError as error:
         return error.strerror or str(error)
     return None

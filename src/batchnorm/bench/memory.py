@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from batchnorm.bench.peers import Unavailable
 from batchnorm.bench.results import Memory
 
 
@@ -23,6 +25,9 @@ def measure(step: Callable[[], object], layer: nn.Module) -> Memory:
     Arguments:
         step: forward and backward
         layer: its parameters and buffers live on their own account and are not counted
+
+    Raises:
+        Unavailable: the profiler's record, which goes through a temporary file, cannot be written
     """
     return Memory(kept=kept(step, layer), peak=peak(step))
 
@@ -63,15 +68,11 @@ def peak(step: Callable[[], object]) -> int:
     pool = None if pages is None else pages.pool
     if pool is not None:
         pool.watch()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
     changes = sorted(
         (event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"])
-        for event in events
+        for event in _events(profiler)
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
     )
     now = highest = 0
@@ -79,6 +80,17 @@ def peak(step: Callable[[], object]) -> int:
         now += change
         highest = max(highest, now)
     return highest if pool is None else highest + pool.highest - pool.lowest
+
+
+def _events(profiler: profile) -> list[dict[str, Any]]:
+    try:
+        with tempfile.TemporaryDirectory() as folder, _silent():
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+            return events
+    except (OSError, ValueError):  # PyTorch leaves out or cuts short what it cannot write, without an error
+        raise Unavailable("no temporary folder has room for the profiler's record") from None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ are the keys of ``peers.PEERS``; the one called "ours" is this library.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
@@ -58,6 +59,7 @@ class Row(TypedDict):
     times_clone: dict[str, float]  # the same / a copy into fresh memory
     lost: float | None  # ours / the fastest of torch and oneDNN where that is over LOST
     memory: dict[str, Memory] | None  # ours and torch; measured with "forward+backward"
+    memory_skipped: str | None  # why it could not be measured
 
 
 class Extreme(TypedDict):
@@ -169,14 +171,22 @@ def skipped(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     return found
 
 
-def write(path: Path, report: Report) -> None:
+def memory_skipped(rows: Iterable[Row]) -> dict[str, int]:
+    """For each reason, in how many rows memory could not be measured."""
+    return dict(Counter(row["memory_skipped"] for row in rows if row["memory_skipped"] is not None))
+
+
+def write(path: Path, report: Report) -> int:
     """Strict JSON, whole or not at all.
+
+    Returns:
+        how many files were written: one
 
     Raises:
         OSError: it cannot be written
     """
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_whole(path.parent, {path.name: text.encode()})
+    return len(write_whole(path.parent, {path.name: text.encode()}))
 
 
 def _group(rows: Sequence[Row]) -> Group:

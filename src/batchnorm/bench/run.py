@@ -71,11 +71,14 @@ def measure(problem: Problem, peers: Sequence[str], plan: Plan, *, memory: bool 
         samples: dict[str, Samples] = {}
         if OURS in programs:
             samples = interleave({name: program.run for name, program in programs.items()}, plan)
-        used = None
+        used, unmeasured = None, None
         if memory and case.mode == "forward+backward":
-            used = _memory({name: programs[name] for name in (OURS, "torch") if name in programs})
+            try:
+                used = _memory({name: programs[name] for name in (OURS, "torch") if name in programs})
+            except Unavailable as reason:
+                unmeasured = str(reason)
     timings |= {name: _timing(found) for name, found in samples.items()}
-    return _row(problem, timings, samples, used)
+    return _row(problem, timings, samples, used, unmeasured)
 
 
 @contextmanager
@@ -96,7 +99,11 @@ def _try(program: Program, problem: Problem) -> str | None:
 
 
 def _row(
-    problem: Problem, timings: dict[str, Timing], samples: Mapping[str, Samples], used: dict[str, Memory] | None
+    problem: Problem,
+    timings: dict[str, Timing],
+    samples: Mapping[str, Samples],
+    used: dict[str, Memory] | None,
+    unmeasured: str | None,
 ) -> Row:
     case = problem.case
     rivals = {name: ratio(samples[OURS], samples[name]) for name in RIVALS if name in samples}
@@ -119,6 +126,7 @@ def _row(
         times_clone=_against(samples, "clone"),
         lost=behind if behind > LOST else None,
         memory=used,
+        memory_skipped=unmeasured,
     )
 
 

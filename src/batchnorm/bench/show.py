@@ -7,7 +7,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from batchnorm.bench.peers import OURS, TITLES
-from batchnorm.bench.results import Extreme, Group, Report, ResNet, Row, lost, name_of, skipped, wrong
+from batchnorm.bench.results import (
+    Extreme,
+    Group,
+    Report,
+    ResNet,
+    Row,
+    lost,
+    memory_skipped,
+    name_of,
+    skipped,
+    wrong,
+)
+from batchnorm.report.table import Table
 
 _SHOWN = ("torch", "compile", "onednn", "flax")
 
@@ -32,23 +44,15 @@ class Screen:
         """A table on a terminal; in plain lines each row says what its numbers are."""
         if not rows:
             return
+        table = Table(caption, heads, rows)
         if self.plain:
-            self.say(f"\n{caption}:")
-            for row in rows:
-                cells = (f"{head} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True) if cell)
-                self.say(f"  {row[0]}: {'; '.join(cells)}")
+            self.say("\n" + "\n".join(table.lines()))
             return
-        from rich.box import SIMPLE_HEAD
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table(title=Text(caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
-        for place, head in enumerate(heads):
-            table.add_column(Text(head), justify="right" if place else "left")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
+        from batchnorm.report.terminal import print_table
+
+        print_table(Console(), table)
 
 
 def opening(machine: dict[str, Any]) -> str:
@@ -108,6 +112,8 @@ def show(screen: Screen, report: Report) -> None:
         if peer != "memmove":  # part of the yardstick, not a rival
             counted = "; ".join(f"{why} ({_plural(count, 'case')})" for why, count in reasons.items())
             screen.say(f"{TITLES[peer]} skipped: {counted}")
+    for why, count in memory_skipped(rows).items():
+        screen.say(f"Memory not measured: {why} ({_plural(count, 'case')})")
     if report["left_out"]:
         screen.say(f"Left out for want of time: {_plural(len(report['left_out']), 'case')}, named in the JSON")
     if rows:

@@ -5,6 +5,8 @@ Every source ends as a ``Digits``: flat float32 images in [0, 1], int64 labels, 
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +109,9 @@ def _from_openml() -> Digits:
     try:
         # pandas reads the file in seconds where scikit-learn's own reader needs a minute, but it is no dependency.
         parser = "pandas" if find_spec("pandas") else "liac-arff"
-        images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser=parser)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each time that it tries again; in the end there is our own error
+            images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser=parser)
     except (OSError, ValueError) as error:
         raise DataError(
             expected(
@@ -124,7 +128,7 @@ def _from_openml() -> Digits:
 
 
 def _from_folder(folder: Path) -> Digits:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # where Path.is_dir() raises for a name too long, this does not
         raise DataError(
             expected(
                 "load",
@@ -189,7 +193,7 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     """The first of ``names`` that is there, plain before gzipped."""
     for suffix in ("", ".gz"):
         for name in names:
-            if (path := folder / (name + suffix)).is_file():
+            if os.path.isfile(path := folder / (name + suffix)):
                 return path
     raise DataError(
         expected(

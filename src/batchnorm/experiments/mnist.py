@@ -44,6 +44,9 @@ _MOST_IMAGES_FOR_PERCENTILES = 10_000
 _MOST_CALIBRATION_BATCHES = 200
 
 _LARGEST_SEED = 2**32 - 1
+# Beyond any patience; figures and files are made for less.
+_MOST_STEPS = 10**9
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Settings:
         processors = os.cpu_count() or 1
         _require(self.steps >= 1, "steps of at least 1", self.steps, "Take 50000, the paper's, or fewer.")
         _require(
+            self.steps <= _MOST_STEPS, f"at most {_MOST_STEPS} steps", self.steps, "Take 50000, the paper's, or fewer."
+        )
+        _require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             "a learning rate above 0",
             self.learning_rate,
@@ -85,6 +91,12 @@ class Settings:
             "The default is 0.1.",
         )
         _require(self.seeds >= 1, "at least 1 seed", self.seeds, "Each seed is one run of both networks.")
+        _require(
+            self.seeds <= _MOST_SEEDS,
+            f"at most {_MOST_SEEDS} seeds",
+            self.seeds,
+            "Each seed is one run of both networks.",
+        )
         _require(
             0 <= self.seed <= _LARGEST_SEED - self.seeds,
             f"a seed from 0 to {_LARGEST_SEED - self.seeds}",

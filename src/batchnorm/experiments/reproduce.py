@@ -11,16 +11,14 @@ import torch
 from batchnorm.experiments.digits import Digits, load
 from batchnorm.experiments.mnist import Point, Settings, train
 from batchnorm.experiments.record import Recording
+from batchnorm.report.command import FAILED, INTERRUPTED, REFUSED, SUCCESS
 from batchnorm.report.figure import figure_1
 from batchnorm.report.files import require_writable, write_whole
 from batchnorm.report.metrics import Metrics, to_json
 from batchnorm.report.page import page
 from batchnorm.report.terminal import Terminal
 
-SUCCESS = 0
-FAILED = 1  # the work was done, its files could not be written
-REFUSED = 2  # nothing was done: a folder that cannot be used
-INTERRUPTED = 130  # as a shell counts Ctrl-C
+FILES = ("metrics.json", "figure1.png", "figure1.svg", "report.html")
 
 
 def record(
@@ -55,15 +53,10 @@ def write_report(folder: Path, metrics: Metrics) -> list[Path]:
         OSError: the folder or a file cannot be written.
     """
     figure = figure_1(metrics)
-    return write_whole(
-        folder,
-        {
-            "metrics.json": to_json(metrics).encode(),
-            "figure1.png": figure["png"],
-            "figure1.svg": figure["svg"],
-            "report.html": page(metrics, figure["svg"]).encode(),
-        },
-    )
+    html = page(metrics, figure["svg"])
+    # A path may hold bytes that are no text: "\\udcff" stands for such a byte, in JSON too.
+    text, markup = (part.encode(errors="backslashreplace") for part in (to_json(metrics), html))
+    return write_whole(folder, dict(zip(FILES, (text, figure["png"], figure["svg"], markup), strict=True)))
 
 
 def reproduce(settings: Settings, source: str, folder: Path, terminal: Terminal) -> int:
@@ -83,7 +76,7 @@ def reproduce(settings: Settings, source: str, folder: Path, terminal: Terminal)
         DataError: the data cannot be read.
     """
     try:
-        require_writable(folder)
+        require_writable(folder, FILES)
     except OSError as error:
         terminal.complain(
             f"reproduce: expected a folder to write to, got {folder}: {error.strerror}. Choose another --out."
@@ -111,19 +104,30 @@ def reproduce(settings: Settings, source: str, folder: Path, terminal: Terminal)
         terminal.complain("Interrupted before anything was recorded; nothing is written.")
         return INTERRUPTED
     metrics = recording.metrics()
-    terminal.show(metrics)
     try:
-        written = write_report(folder, metrics)
+        try:
+            written = write_report(folder, metrics)
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            written = write_report(folder, metrics)  # the work is done: it takes a second Ctrl-C to lose it
+    except KeyboardInterrupt:
+        terminal.complain("Interrupted again while the results were written; nothing is written.")
+        return INTERRUPTED
     except OSError as error:
+        terminal.show(metrics)
         terminal.complain(f"reproduce: the results could not be written to {folder}: {error.strerror}.")
         return FAILED
+    terminal.show(metrics)
     terminal.say(f"Written to {folder}: {', '.join(path.name for path in written)}")
     if interrupted:
         last = metrics["runs"][-1]
-        terminal.complain(
-            f"Interrupted at seed {last['seed']}, step {last['steps'][-1]:,} of {settings.steps:,}: what was recorded "
-            'until then is kept, marked "complete": false.'
-        )
+        reached = f"Interrupted at seed {last['seed']}, step {last['steps'][-1]:,} of {settings.steps:,}"
+        kept = 'what was recorded until then is kept, marked "complete": false.'
+        if metrics["complete"]:
+            kept = "that was the last, and all is written."
+        terminal.complain(f"{reached}: {kept}")
         return INTERRUPTED
     return SUCCESS
 

@@ -25,6 +25,9 @@ from batchnorm.moments import Moments, Room, counted, cut, moments_of_view, stat
 
 NAME = "eager"
 
+LARGE = 1e18
+"""Of float32 arithmetic: mean and standard deviation below it, x − mean and sums of dz·(x − mean) stay finite."""
+
 
 def supports(
     x: Tensor,
@@ -250,8 +253,10 @@ class _Affine(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> _Affine:
-        dtype = torch.promote_types(x.dtype, torch.float32)
         wide = statistics_dtype(x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if x.is_cpu and dtype != wide and _is_large(mean, var):
+            dtype = wide
         hi = mean.to(dtype)
         lo = mean.to(wide) - hi.to(wide)
         a = torch.rsqrt(var.to(wide) + eps)
@@ -291,10 +296,11 @@ class _Sweep(NamedTuple):
         residual: Tensor | None, y: Tensor | None, activation: Activation, mask: Tensor | None,
     ) -> _Sweep:  # fmt: skip
         seen = layout.of(x)
+        affine = _Affine.of(x, mean, var, eps, weight, bias)
         return _Sweep(
-            seen, seen.view(dy), seen.view(x), _Affine.of(x, mean, var, eps, weight, bias),
+            seen, seen.view(dy), seen.view(x), affine,
             _view(seen, residual), _view(seen, y), activation, _view(seen, mask),
-            Room(x.device, torch.promote_types(x.dtype, torch.float32)),
+            Room(x.device, affine.a.dtype),
         )  # fmt: skip
 
     def gradient(self, part: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
@@ -309,6 +315,11 @@ class _Sweep(NamedTuple):
         if self.present is not None:
             dz = dz.masked_fill(~self.present[part], 0)
         return dz, self.affine.centred(x, self.room.like(x))
+
+
+def _is_large(mean: Tensor, var: Tensor) -> bool:
+    """Whether x − mean or sums of it may overflow float32, or 1/std be subnormal there."""
+    return bool(((mean.abs() > LARGE) | (var > LARGE * LARGE)).any())
 
 
 def _per_channel(t: Tensor, dtype: torch.dtype) -> Tensor:

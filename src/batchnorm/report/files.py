@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,8 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write files into ``folder``, making it where it is missing.
 
     All are written beside their places under temporary names before the first is renamed, so that a full disk
-    or an interruption leaves what was there before, and no reader ever sees half a file.
+    or an interruption leaves what was there before, and no reader ever sees half a file. A link stays one: the file
+    that it leads to is replaced. A device or a pipe, which cannot be replaced, is written to.
 
     Args:
         folder: where they go.
@@ -22,37 +24,100 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
         The paths, in the order of ``contents``.
 
     Raises:
-        OSError: the folder cannot be made or a file cannot be written; no half-written file is left.
+        OSError: the folder cannot be made or a file cannot be written; nothing is left of what was begun.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made = _make(folder)
     staged: dict[Path, Path] = {}
     try:
+        devices = {}
         for name, content in contents.items():
-            temporary = folder / f".{name}.{os.getpid()}.part"
-            staged[temporary] = folder / name
+            path = _place(folder / name)
+            if path.exists() and not path.is_file():
+                devices[path] = content
+                continue
+            temporary = _beside(path)
+            staged[temporary] = path
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for temporary, final in staged.items():
-            temporary.replace(final)
+        for path, content in devices.items():
+            path.write_bytes(content)
+        _rename(staged)
     finally:
         for temporary in staged:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    return list(staged.values())
+        _unmake(made)
+    return [folder / name for name in contents]
 
 
-def require_writable(folder: Path) -> None:
-    """Make ``folder`` and write a file into it, so that a hopeless place is known before hours of work.
+def require_writable(folder: Path, names: Sequence[str]) -> None:
+    """Try whether files of these names can be written into ``folder``, before hours of work. Nothing is left behind.
 
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: the folder cannot be made or written to, or a folder has one of the names.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable.{os.getpid()}.part"
+    made = _make(folder)
     try:
-        probe.write_bytes(b".")
+        for name in names:
+            path = _place(folder / name)
+            if path.exists() and not path.is_file():
+                continue
+            probe = _beside(path)
+            try:
+                probe.write_bytes(b".")
+            finally:
+                with suppress(OSError):
+                    probe.unlink(missing_ok=True)
     finally:
+        _unmake(made)
+
+
+def _place(path: Path) -> Path:
+    """Where a file of this path lies.
+
+    Raises:
+        OSError: a folder is there
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # What a link such as /dev/stdout leads to has no path of its own.
+    follow = path.is_symlink() and (path.is_file() or not path.exists())
+    return Path(os.path.realpath(path)) if follow else path
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _rename(staged: Mapping[Path, Path]) -> None:
+    try:
+        for temporary, path in staged.items():
+            if temporary.exists():
+                temporary.replace(path)
+    except KeyboardInterrupt:
+        _rename(staged)  # some new files among old ones are no result: it takes no time to finish
+        raise
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and those above it; gives the new ones, the deepest first."""
+    missing = []
+    place = folder
+    while not place.exists() and place != place.parent:
+        missing.append(place)
+        place = place.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        _unmake(missing)
+        raise
+    return missing
+
+
+def _unmake(folders: Sequence[Path]) -> None:
+    """Remove those that are empty."""
+    for folder in folders:
         with suppress(OSError):
-            probe.unlink(missing_ok=True)
+            folder.rmdir()

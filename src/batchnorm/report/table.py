@@ -24,8 +24,20 @@ class Table:
     """A caption, the heads of the columns, and the rows, each as long as the heads."""
 
     caption: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def lines(self) -> list[str]:
+        """Without columns: each row says what its figures are. Empty cells are left out.
+
+        >>> Table("Sizes", ("file", "bytes", "lines"), [("a", "12", ""), ("b", "9", "1")]).lines()
+        ['Sizes:', '  a: bytes 12', '  b: bytes 9; lines 1']
+        """
+        found = [f"{self.caption}:"]
+        for name, *cells in self.rows:
+            named = (f"{head} {cell}" for head, cell in zip(self.heads[1:], cells, strict=True) if cell)
+            found.append(f"  {name}: {'; '.join(named)}")
+        return found
 
 
 def tables(metrics: Metrics) -> tuple[Table, ...]:

@@ -12,12 +12,14 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from batchnorm.report.metrics import Metrics
-from batchnorm.report.table import headline, tables
+from batchnorm.report.table import Table, headline, tables
 
 # Called with the seed, the step reached and both test accuracies.
 OnProgress = Callable[[int, int, float, float], None]
 
 _LINES_A_RUN = 10
+_NARROWEST = 70  # columns: the bar with its figures
+_WIDEST = 10_000  # columns, to ask how many a table needs at least
 
 
 class Terminal:
@@ -26,13 +28,13 @@ class Terminal:
     Args:
         results: usually standard output.
         complaints: usually standard error.
-        quiet: plain lines even on a terminal.
+        quiet: plain lines even on a terminal. One that is narrow, or cannot move its cursor, gets them anyway.
     """
 
     def __init__(self, results: Console, complaints: Console, *, quiet: bool = False) -> None:
         self._results = results
         self._complaints = complaints
-        self.plain = quiet or not results.is_terminal
+        self.plain = quiet or not results.is_terminal or results.is_dumb_terminal or results.width < _NARROWEST
 
     def progress(self, steps: int, seeds: int) -> AbstractContextManager[OnProgress]:
         """A bar, or some lines a run, for ``seeds`` runs of ``steps`` steps."""
@@ -40,15 +42,11 @@ class Terminal:
 
     def show(self, metrics: Metrics) -> None:
         """The headline and the tables."""
-        if self.plain:
-            for table in tables(metrics):
-                self.say(f"{table.caption}:")
-                for row in table.rows:
-                    cells = (f"{head} {cell}" for head, cell in zip(table.heads[1:], row[1:], strict=True))
-                    self.say(f"  {row[0]}: {'; '.join(cells)}")
-        else:
-            for table in tables(metrics):
-                self._results.print(_rich(table.caption, table.heads, table.rows))
+        for table in tables(metrics):
+            if self.plain:
+                self.say("\n".join(table.lines()))
+            else:
+                print_table(self._results, table)
         self.say(headline(metrics))
 
     def say(self, text: str) -> None:
@@ -101,10 +99,14 @@ class Terminal:
         yield update
 
 
-def _rich(caption: str, heads: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> RichTable:
-    table = RichTable(title=Text(caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
-    for position, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if position else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+def print_table(console: Console, table: Table) -> None:
+    """In columns, or as lines where the console is too narrow for that."""
+    drawn = RichTable(title=Text(table.caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    for position, head in enumerate(table.heads):
+        drawn.add_column(Text(head), justify="right" if position else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    needed = console.measure(drawn, options=console.options.update(width=_WIDEST)).minimum
+    console.print(
+        drawn if needed <= console.width else Text("\n".join(table.lines())), soft_wrap=needed > console.width
+    )

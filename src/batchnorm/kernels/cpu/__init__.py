@@ -1,20 +1,21 @@
 """The CPU kernels: Numba, run in PyTorch's own thread pool.
 
-``contract.Kernel`` documents what each function does. The functions below pack the arguments for the compiled kernels:
-``plan`` decides once for each combination of shapes and options what runs, they fill in the addresses. What they make or
-convert on the way is held in a local variable until the kernels have returned.
+``contract.Kernel`` documents what each function does. The functions below pack the arguments for the compiled
+kernels: ``plan`` decides once for each combination of shapes and options what runs, they fill in the addresses. What
+they make or convert on the way is held in a local variable until the kernels have returned.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.contract import INPUT_ONLY, Needs, Running, count_of, moments_from
-from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu import plan, wide_range
 from batchnorm.kernels.cpu.block import pack_what
 from batchnorm.moments import Moments
 
@@ -91,6 +92,10 @@ def normalize(
     mask: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    if out is not None and out.data_ptr() == x.data_ptr() and wide_range.is_far(x, mean, var):
+        return out.copy_(
+            wide_range.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask)
+        )
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     p = plan.find(
@@ -103,15 +108,19 @@ def normalize(
         residual = None if residual is None else p.readable("residual", residual)
         aside = out if "y" in p.copied else None
     y = p.output(x) if out is None or aside is not None else out
-    if mask is not None:
-        mask = p.positions(mask, torch.uint8)
+    positions = None if mask is None else p.positions(mask, torch.uint8)
     scratch = _room(p)
-    p.run(
+    far = p.run(
         pack_what(
             x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), mean.data_ptr(),
-            var.data_ptr(), 0, 0, 0, 0, 0, 0, _at(mask), 0, _at(scratch), 0, eps, 0.0, activation.negative_slope, 0.0,
+            var.data_ptr(), 0, 0, 0, 0, 0, 0, _at(positions), 0, _at(scratch), 0,
+            eps, 0.0, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
+    if far:
+        y.copy_(
+            wide_range.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask)
+        )
     return y if aside is None else aside.copy_(y)
 
 
@@ -148,14 +157,22 @@ def forward(
     if masked:
         positions, weights = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
-    p.run(
+    far = p.run(
         pack_what(
             x.data_ptr(), 0, y.data_ptr(), _at(residual), 0, 0, _at(weight), _at(bias), at, at + 8 * p.channels, at,
             _at(running_mean), _at(running_var), 0, 0, 0, _at(positions), _at(weights), _at(scratch), _at(batches),
             eps, factor, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
-    if running is not None and running_mean is None:
+    if far:
+        y.copy_(
+            wide_range.normalize(
+                x, stats[0], stats[1], eps, weight, bias, residual=residual, activation=activation, mask=mask
+            )
+        )
+    if running_mean is not None and running_var is not None:
+        _changed(running_mean, running_var)
+    elif running is not None:
         running.update(moments_from(stats, count_of(x, mask, sample_weight)))
     return y, stats
 
@@ -182,15 +199,16 @@ def backward_sums(
         x, dy = p.readable("x", x), p.readable("dy", dy)
         y = None if y is None else p.readable("y", y)
     sums = torch.empty_like(p.pair)
-    if mask is not None:
-        mask = p.positions(mask, torch.uint8)
+    positions = None if mask is None else p.positions(mask, torch.uint8)
     scratch = _room(p)
-    p.run(
+    far = p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, 0, 0, _at(weight), _at(bias), mean.data_ptr(), var.data_ptr(), 0,
-            0, 0, sums.data_ptr(), 0, 0, _at(mask), 0, _at(scratch), 0, eps, 0.0, activation.negative_slope, 0.0,
+            0, 0, sums.data_ptr(), 0, 0, _at(positions), 0, _at(scratch), 0, eps, 0.0, activation.negative_slope, 0.0,
         )
     )  # fmt: skip
+    if far:
+        return wide_range.backward_sums(dy, x, mean, var, eps, weight, bias, y=y, activation=activation, mask=mask)
     return sums[0], sums[1]
 
 
@@ -232,16 +250,22 @@ def backward_input(
     dresidual = p.output(x) if needs.residual else None
     # Divided here, since counts may differ from channel to channel: a COUNT of 1 then does the rest.
     both = torch.stack(sums).to(torch.float64) / count
+    positions, weights = mask, sample_weight
     if masked:
-        mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
+        positions, weights = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
-    p.run(
+    far = p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean.data_ptr(),
-            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, _at(mask), _at(sample_weight), _at(scratch), 0,
+            var.data_ptr(), 0, 0, 0, both.data_ptr(), 0, 0, _at(positions), _at(weights), _at(scratch), 0,
             eps, 0.0, activation.negative_slope, 1.0,
         )
     )  # fmt: skip
+    if far:
+        return wide_range.backward_input(
+            dy, x, mean, var, eps, weight, bias, sums, count, y=y, activation=activation, mask=mask,
+            sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
     return dx, dresidual
 
 
@@ -281,24 +305,36 @@ def backward(
     dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
     mean = stats.data_ptr()
     sums = torch.empty_like(p.pair) if len(p.launches) > 1 else None
+    positions, weights = mask, sample_weight
     if masked:
-        mask, sample_weight = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
+        positions, weights = p.positions(mask, torch.uint8), p.positions(sample_weight, torch.float64)
     scratch = _room(p)
     # 0: the kernels count for themselves.
     count = 0.0 if training and len(p.launches) == 1 else x.numel() / p.channels if training else CONSTANT
-    p.run(
+    far = p.run(
         pack_what(
             x.data_ptr(), dy.data_ptr(), _at(y), 0, _at(dx), _at(dresidual), _at(weight), _at(bias), mean,
-            mean + stats.element_size() * p.channels, 0, 0, 0, _at(sums), _at(dweight), _at(dbias), _at(mask),
-            _at(sample_weight), _at(scratch), 0,
+            mean + stats.element_size() * p.channels, 0, 0, 0, _at(sums), _at(dweight), _at(dbias), _at(positions),
+            _at(weights), _at(scratch), 0,
             eps, 0.0, activation.negative_slope, count,
         )
     )  # fmt: skip
+    if far:
+        return wide_range.backward(
+            dy, x, stats, eps, weight, bias, training=training, y=y, activation=activation, mask=mask,
+            sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
     return dx, dweight, dbias, passed_on if passed_on is not None else dresidual
 
 
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _changed(mean: Tensor, var: Tensor) -> None:
+    """Tell autograd that they were written, by address, so that a graph that keeps them raises as it should."""
+    with suppress(RuntimeError):  # inference tensors have no version, and no graph keeps them
+        torch._C._increment_version((mean, var))
 
 
 class _Kept(threading.local):

@@ -7,7 +7,7 @@ immutable ``bytes`` object: each call has its own, which is what makes kernels s
 Python threads at once.
 
 The first part depends on shapes and options alone and can be packed once and kept (``pack_how``); the
-second part changes at each call (``pack_what``). ``block = how + what``.
+second part changes at each call (``pack_what``). ``block = how + what + far``.
 
 ==========================  ================================================================================
 slot                        meaning
@@ -46,6 +46,8 @@ EPS, FACTOR, SLOPE          float64: eps; weight of the new batch in the running
 COUNT                       float64, read by backward and backward_input: how many values a channel has over all
                             parts; 0: those of this tensor (backward only); inf: evaluation, the statistics are
                             constants and dx = a * dz
+FAR                         address of an int64, raised where a channel has numbers that float32 sums and differences
+                            cannot hold; what was computed from them is then to be done again. Or 0
 ==========================  ================================================================================
 """
 
@@ -103,7 +105,7 @@ EPS: Final = 43
 FACTOR: Final = 44
 SLOPE: Final = 45
 COUNT: Final = 46
-SLOTS: Final = 47
+FAR: Final = 47
 
 CODES: Final = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 """Dtype codes of the per-channel vectors."""
@@ -115,5 +117,8 @@ LEAKY_RELU: Final = 2
 pack_how = struct.Struct(f"{HOW_SLOTS}q").pack
 """Pack slots THREAD to STREAM, in order."""
 
-pack_what = struct.Struct(f"{EPS - HOW_SLOTS}q{SLOTS - EPS}d").pack
+pack_what = struct.Struct(f"{EPS - HOW_SLOTS}q{FAR - EPS}d").pack
 """Pack slots X to COUNT, in order; the last four are floats."""
+
+pack_far = struct.Struct("q").pack
+"""Pack the slot FAR."""

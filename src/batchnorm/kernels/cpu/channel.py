@@ -19,14 +19,23 @@ from batchnorm.kernels.cpu.scalars import (
     FLOAT64,
     INTERNAL,
     increment,
+    load,
     load_channel,
     pointer,
     real,
     slot_float,
+    stays_a_call,
     store,
     store_channel,
 )
-from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_positive, vzeros
+from batchnorm.kernels.cpu.vectors import item_bytes, vmul, vwhere_above, vwhere_positive, vzeros
+
+FINITE = 1.7976931348623157e308
+"""The largest float64."""
+
+LARGE = 1e18
+"""Of float32 arithmetic: with the mean and the standard deviation below, x - mean and sums of dz * (x - mean) stay
+finite, and 1 / std is a normal number."""
 
 
 def plain(function: Any) -> Any:
@@ -62,11 +71,69 @@ def merge(count, mean, m2, count_b, mean_b, m2_b):  # type: ignore[no-untyped-de
         return count, mean, m2
     total = count + count_b
     delta = mean_b - mean
-    if math.isfinite(delta):
-        mean += delta * (count_b / total)
-    else:
-        mean += mean_b
-    return total, mean, m2 + m2_b + delta * delta * (count * (count_b / total))
+    if not math.isfinite(delta):
+        return total, mean + mean_b, m2 + m2_b
+    return total, mean + delta * (count_b / total), m2 + m2_b + delta * delta * (count * (count_b / total))
+
+
+@plain
+def m2_of(total, squares, count):  # type: ignore[no-untyped-def]
+    """M2 from the sums of d and d * d: inf where squares overflow (or x has Inf), NaN only where x has NaN."""
+    if not math.isfinite(squares):
+        return squares
+    m2 = squares - total * (total / count)
+    if math.isinf(m2):
+        return math.inf
+    return 0.0 if m2 < 0.0 else m2
+
+
+@plain
+def measured(block, channel, count, mean, m2, element):  # type: ignore[no-untyped-def]
+    """mean and m2 as they are or, where they overflowed, measured again: value by value in float64."""
+    if m2 <= FINITE or math.isnan(m2):
+        return mean, m2
+    return measure_again(block, channel, count, element)
+
+
+@plain
+def measure_again(block, channel, count, element):  # type: ignore[no-untyped-def]
+    """(mean, m2) of a channel, in float64: the mean first, the squares about it after."""
+    stays_a_call()
+    x = pointer(block[slots.X], element)
+    inner, start = block[slots.INNER], channel * block[slots.X_STEP]
+    shift = float64(load(x, start))
+    shift = shift if math.isfinite(shift) else 0.0
+    total, m2 = 0.0, 0.0
+    for n in range(block[slots.OUTER]):
+        for i in range(inner):
+            total += float64(load(x, start + n * block[slots.X_OUTER] + i)) - shift
+    mean = shift + total / count
+    if not math.isfinite(mean):
+        return mean, math.nan
+    for n in range(block[slots.OUTER]):
+        for i in range(inner):
+            d = float64(load(x, start + n * block[slots.X_OUTER] + i)) - mean
+            m2 += d * d
+    return mean, m2
+
+
+@plain
+def is_short(element):  # type: ignore[no-untyped-def]
+    """Whether elements are computed in float32: a constant to the compiler."""
+    return math.isinf(float64(real(element, FINITE)))
+
+
+@plain
+def tell_far(block):  # type: ignore[no-untyped-def]
+    """See the slot FAR. Several threads may do so at once: it is raised all the same."""
+    if block[slots.FAR] != 0:
+        increment(block[slots.FAR])
+
+
+@plain
+def updated(old, factor, value):  # type: ignore[no-untyped-def]
+    """A running statistic. Not old + factor * (value - old): where both are inf they stay inf."""
+    return (1.0 - factor) * old + factor * value
 
 
 @plain
@@ -100,11 +167,11 @@ def finish_statistics(block, channel, count, mean, m2):  # type: ignore[no-untyp
     address = block[slots.RUNNING_MEAN]
     if address != 0:
         old = load_channel(address, code, channel)
-        store_channel(address, code, channel, old + factor * (mean - old))
+        store_channel(address, code, channel, updated(old, factor, mean))
     address = block[slots.RUNNING_VAR]
     if address != 0:
         old = load_channel(address, code, channel)
-        store_channel(address, code, channel, old + factor * (m2 / (count - 1.0) - old))
+        store_channel(address, code, channel, updated(old, factor, m2 / (count - 1.0)))
     return var
 
 
@@ -140,6 +207,8 @@ def center(mean, element):  # type: ignore[no-untyped-def]
 @plain
 def coefficients(block, channel, mean, var, element):  # type: ignore[no-untyped-def]
     """(hi, a, b) of the normalization above, in the computing type."""
+    if is_short(element) and (LARGE < abs(mean) <= FINITE or LARGE * LARGE < var <= FINITE):
+        tell_far(block)
     hi, low = center(mean, element)
     a = real(element, read_weight(block, channel) / math.sqrt(var + slot_float(block, slots.EPS)))
     return hi, a, real(element, read_bias(block, channel) - low * float64(a))
@@ -148,6 +217,8 @@ def coefficients(block, channel, mean, var, element):  # type: ignore[no-untyped
 @plain
 def finish_sums(block, channel, mean, var, sum_dz, sum_dz_d, element):  # type: ignore[no-untyped-def]
     """From the sums of dz and dz * (x - hi): the sum of dz * x_hat; writes SUMS, dbias and dweight where wanted."""
+    if not (math.isfinite(sum_dz) and math.isfinite(sum_dz_d)) and math.isfinite(mean) and math.isfinite(var):
+        tell_far(block)
     _, low = center(mean, element)
     sum_dz_xhat = (sum_dz_d - low * sum_dz) / math.sqrt(var + slot_float(block, slots.EPS))
     if block[slots.SUMS] != 0:
@@ -196,9 +267,12 @@ def activated(z, activation, slope):  # type: ignore[no-untyped-def]
 
 @inlined
 def gated(dy, z, activation, slope):  # type: ignore[no-untyped-def]
-    """dz = dy * activation'(z) of a vector; z may also be the activation's result, which has the same sign."""
+    """dz = dy * activation'(z) of a vector; z may also be the activation's result, which has the same sign.
+
+    As PyTorch: where z is NaN relu lets dy through, and leaky relu takes the slope.
+    """
     if activation == slots.RELU:
         dy = vwhere_positive(z, dy, vzeros(dy))
     elif activation == slots.LEAKY_RELU:
-        dy = vwhere_positive(z, dy, vmul(dy, slope))
+        dy = vwhere_above(z, dy, vmul(dy, slope))
     return dy

@@ -6,6 +6,9 @@ process (some seconds in all) and one warning says so.
 
 Numba looks for changes in the one file that a kernel stands in. Kernels here also depend on the files
 beside it, so a digest of all of them is part of each kernel's key.
+
+A file of the cache that was cut off (a full disk, a process that was ended) or holds something else is no reason to
+fail: the kernel is compiled anew and the file replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from numba import int64, types
+from numba.core.caching import FunctionCache
 
 from batchnorm.kernels.cpu.block import THREAD, THREADS
 from batchnorm.kernels.cpu.scalars import ELEMENTS, INTERNAL, Element
@@ -34,6 +38,7 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 OPTIONS = {"nopython": True, "error_model": "numpy"}
 """Of a kernel's entry, and so of the body that is pasted into it: dividing by 0 is no Python error."""
 
+_SIGNATURE = types.void(types.CPointer(types.int64))
 _direct = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _lock = threading.Lock()
 _warned = False
@@ -96,9 +101,8 @@ def _entry(name: str, function: Any, kind: Element) -> Callable[..., None]:
 
 
 def _compile(entry: Callable[..., None]) -> Any:
-    signature = types.void(types.CPointer(types.int64))
     try:
-        return numba.cfunc(signature, cache=True, **OPTIONS)(entry)
+        return _cached(entry)
     except (OSError, RuntimeError) as reason:
         if isinstance(reason, RuntimeError) and "cannot cache function" not in str(reason):
             raise
@@ -110,7 +114,20 @@ def _compile(entry: Callable[..., None]) -> Any:
             "Set NUMBA_CACHE_DIR to a folder that can be.",
             stacklevel=2,
         )
-    return numba.cfunc(signature, **OPTIONS)(entry)
+    return numba.cfunc(_SIGNATURE, **OPTIONS)(entry)
+
+
+def _cached(entry: Callable[..., None]) -> Any:
+    """From the cache on disk, or compiled and put there. Files that hold something else are replaced."""
+    try:
+        return numba.cfunc(_SIGNATURE, cache=True, **OPTIONS)(entry)
+    except OSError:
+        raise
+    except Exception as reason:  # a file that was cut off or overwritten can give any
+        if "cannot cache function" in str(reason):
+            raise
+        FunctionCache(entry).flush()
+    return numba.cfunc(_SIGNATURE, cache=True, **OPTIONS)(entry)
 
 
 @lru_cache(maxsize=1)

@@ -16,10 +16,11 @@ import llvmlite.binding as llvm
 from numba import types
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.channel import pasted
+from batchnorm.kernels.cpu.channel import pasted, tell_far
 from batchnorm.kernels.cpu.compiling import kernels, my_share
 from batchnorm.kernels.cpu.inside_channels import (
     add_up,
+    centre,
     finish_moments,
     inverse,
     read_channels,
@@ -48,16 +49,13 @@ from batchnorm.kernels.cpu.inside_wide import (
     plain,
     real_pointer,
     wide,
-    wide_divide,
-    wide_finite,
+    wide_any_lost,
     wide_load,
-    wide_rounded,
     wide_splat,
-    wide_sqrt,
 )
 from batchnorm.kernels.cpu.scalars import FLOAT64, pointer, slot_float
 from batchnorm.kernels.cpu.threads import openmp
-from batchnorm.kernels.cpu.vectors import vadd, vmul, vsub
+from batchnorm.kernels.cpu.vectors import vmul, vsub
 
 __all__ = [
     "BACKWARD",
@@ -225,15 +223,6 @@ def _add_gradients(block, c, thread, threads, element):  # type: ignore[no-untyp
         gradient_chunk(block, c, chunk, columns, sums, _partial(block, c, chunk), element)
 
 
-@plain
-def _centre(block, j, n, element):  # type: ignore[no-untyped-def]
-    """(mean - hi, 1 / sqrt(var + eps)) of channels j to j + n."""
-    mean, var = read_statistics(block, j, n)
-    low = wide_finite(vsub(mean, wide_rounded(element, mean)))
-    eps = wide_splat(FLOAT64, slot_float(block, slots.EPS))
-    return low, wide_divide(wide_splat(FLOAT64, 1.0), wide_sqrt(vadd(var, eps)))
-
-
 @pasted
 def _total_gradients(block, c, thread, threads, element):  # type: ignore[no-untyped-def]
     """From partial sums to SUMS, dweight, dbias and the coefficients of dx."""
@@ -244,9 +233,12 @@ def _total_gradients(block, c, thread, threads, element):  # type: ignore[no-unt
     count = add_up(c, block[slots.SCRATCH], totals, channels, first, last)
     for j in range(first, min(last, channels), w):
         n = min(w, channels - j)
-        low, invstd = _centre(block, j, n, element)
+        low, invstd = centre(block, j, n, element)
         sum_dz = wide_load(totals, j, None)
-        sum_dz_xhat = vmul(vsub(wide_load(totals, c.padded + j, None), vmul(low, sum_dz)), invstd)
+        sum_dz_d = wide_load(totals, c.padded + j, None)
+        if wide_any_lost(sum_dz, invstd) or wide_any_lost(sum_dz_d, invstd):
+            tell_far(block)
+        sum_dz_xhat = vmul(vsub(sum_dz_d, vmul(low, sum_dz)), invstd)
         if block[slots.PHASE] == 0 or thread == 0:
             write_parameter_gradients(block, j, n, sum_dz, sum_dz_xhat)
             if block[slots.SUMS] != 0:

@@ -16,14 +16,13 @@ import math
 from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.channel import count_batch
+from batchnorm.kernels.cpu.channel import LARGE, count_batch, is_short, tell_far
 from batchnorm.kernels.cpu.inside_rows import COEFFICIENTS, at_partial, weight_of
 from batchnorm.kernels.cpu.inside_sums import at_column
 from batchnorm.kernels.cpu.inside_wide import (
     channels_load,
     channels_store,
     plain,
-    stays_a_call,
     wide,
     wide_any_above,
     wide_divide,
@@ -36,10 +35,20 @@ from batchnorm.kernels.cpu.inside_wide import (
     wide_store,
     wide_zero,
 )
-from batchnorm.kernels.cpu.scalars import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, load, pointer, slot_float, store
+from batchnorm.kernels.cpu.scalars import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    load,
+    pointer,
+    slot_float,
+    stays_a_call,
+    store,
+)
 from batchnorm.kernels.cpu.vectors import vadd, vfma, vmul, vsub
 
-OVERFLOWN = 1e300  # larger than float32 can be: only infinity is
+OVERFLOWN = 1e300  # larger than sums of float32 can be: only infinity is
 CANCELLED = 3.0  # the squares lost to a bad shift may be this many times those that are left (by chance: 1e-6)
 
 
@@ -140,7 +149,8 @@ def finish_moments(block, c, totals, shifts, j, n, count, element):  # type: ign
         for channel in range(j, j + n):
             s, q = load(totals, channel), load(totals, c.padded + channel)
             lost = s * (s / count)
-            if math.isfinite(s) and (lost > CANCELLED * (q - lost) or q > OVERFLOWN):
+            # NaN in q comes from NaN in x alone; in s it also comes from sums that overflow in both directions.
+            if q > OVERFLOWN or (math.isfinite(s) and lost > CANCELLED * (q - lost)):
                 s, q = measure_again(block, channel, element)
                 mean = wide_replace(mean, channel - j, s)
                 m2 = wide_replace(m2, channel - j, q)
@@ -171,20 +181,21 @@ def write_statistics(block, j, n, count, mean, m2, moments):  # type: ignore[no-
 
 @plain
 def update_running(block, j, n, count, mean, m2):  # type: ignore[no-untyped-def]
-    """The running statistics, where there are any: r += factor * (batch - r), with the unbiased variance."""
+    """The running statistics, where there are any: see channel.updated."""
     if j == 0:
         count_batch(block)
     code = block[slots.RUNNING_DTYPE]
     factor = wide_splat(FLOAT64, slot_float(block, slots.FACTOR))
+    kept = wide_splat(FLOAT64, 1.0 - slot_float(block, slots.FACTOR))
     address = block[slots.RUNNING_MEAN]
     if address != 0:
         old = read_channels(address, code, j, n)
-        write_channels(address, code, j, vfma(factor, vsub(mean, old), old), n)
+        write_channels(address, code, j, vfma(factor, mean, vmul(kept, old)), n)
     address = block[slots.RUNNING_VAR]
     if address != 0:
         old = read_channels(address, code, j, n)
         var = vmul(m2, wide_splat(FLOAT64, inverse(count - 1.0)))
-        write_channels(address, code, j, vfma(factor, vsub(var, old), old), n)
+        write_channels(address, code, j, vfma(factor, var, vmul(kept, old)), n)
 
 
 @plain
@@ -194,6 +205,10 @@ def write_coefficients(block, coefficients, j, n, mean, var, element):  # type: 
     at = at_column(j, w, COEFFICIENTS)
     one = wide_splat(FLOAT64, 1.0)
     invstd = wide_divide(one, wide_sqrt(vadd(var, wide_splat(FLOAT64, slot_float(block, slots.EPS)))))
+    if is_short(element):
+        limit = wide_splat(FLOAT64, LARGE * LARGE)
+        if wide_any_above(wide_finite(vmul(mean, mean)), limit) or wide_any_above(wide_finite(var), limit):
+            tell_far(block)
     hi = wide_rounded(element, mean)
     low = wide_finite(vsub(mean, hi))
     a = invstd
@@ -208,6 +223,15 @@ def write_coefficients(block, coefficients, j, n, mean, var, element):  # type: 
     channels_store(coefficients, at + w, a, n)
     channels_store(coefficients, at + 2 * w, b, n)
     return low, invstd
+
+
+@plain
+def centre(block, j, n, element):  # type: ignore[no-untyped-def]
+    """(mean - hi, 1 / sqrt(var + eps)) of channels j to j + n."""
+    mean, var = read_statistics(block, j, n)
+    low = wide_finite(vsub(mean, wide_rounded(element, mean)))
+    eps = wide_splat(FLOAT64, slot_float(block, slots.EPS))
+    return low, wide_divide(wide_splat(FLOAT64, 1.0), wide_sqrt(vadd(var, eps)))
 
 
 @plain

@@ -14,9 +14,10 @@ from numba import njit, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from batchnorm.kernels.cpu.scalars import I32, I64, INTERNAL, ElementType, narrow, widen
+from batchnorm.kernels.cpu.halves import I32
+from batchnorm.kernels.cpu.scalars import I64, INTERNAL, ElementType, narrow, widen
+from batchnorm.kernels.cpu.target import VECTOR_BYTES
 from batchnorm.kernels.cpu.vectors import (
-    VECTOR_BYTES,
     Vector,
     _elements,
     _first,
@@ -348,6 +349,21 @@ def wide_any_above(typing: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def wide_any_lost(typing: Any, value: Any, given: Any) -> Any:
+    """Whether in any lane value is Inf or NaN and given is neither."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = ir.IntType(signature.args[0].lanes)
+        zeros = [builder.fsub(a, a) for a in args]  # NaN for Inf and NaN
+        lost = builder.fcmp_unordered("uno", zeros[0], zeros[0])
+        known = builder.fcmp_ordered("ord", zeros[1], zeros[1])
+        found = builder.bitcast(builder.and_(lost, known), bits)
+        return builder.icmp_unsigned("!=", found, ir.Constant(bits, 0))
+
+    return types.boolean(value, given), code
+
+
+@intrinsic
 def real_pointer(typing: Any, address: Any, element: Any) -> Any:
     """The address as a pointer to the floats that elements are computed in."""
 
@@ -390,17 +406,6 @@ def wide_replace(typing: Any, value: Any, lane: Any, by: Any) -> Any:
 def moved(typing: Any, base: Any, steps: Any) -> Any:
     """The pointer, so many elements further on."""
     return base(base, types.int64), lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
-
-
-@intrinsic
-def stays_a_call(typing: Any) -> Any:
-    """At the head of a function: LLVM does not copy its body to the places that call it (compilation takes longer)."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), code
 
 
 @intrinsic

@@ -30,6 +30,7 @@ from batchnorm.kernels.cpu.channel import (
     finish_statistics,
     finish_sums,
     gradient_coefficients,
+    measured,
     merge,
     pasted,
     plain,
@@ -77,6 +78,7 @@ def moments_of_channel(block, channel, element):  # type: ignore[no-untyped-def]
             part, at = float64(rows * length), 2 * (chunk * channels + channel)
             mean_b, m2_b = load(scratch, at), load(scratch, at + 1)
         count, mean, m2 = merge(count, mean, m2, part, mean_b, m2_b)
+    mean, m2 = measured(block, channel, count, mean, m2, element)
     return count, mean, m2
 
 

@@ -141,9 +141,10 @@ def dz_of(block, n, channel, i, hi, a, b, element):  # type: ignore[no-untyped-d
     else:
         at = n * block[slots.X_OUTER] + channel * block[slots.X_STEP] + i
         z = normalized(load(pointer(block[slots.X], element), at), hi, a, b)
-    if z <= real(element, 0.0):
-        g = real(element, 0.0) if activation == slots.RELU else g * real(element, slot_float(block, slots.SLOPE))
-    return g
+    # As PyTorch: where z is NaN relu lets dy through, and leaky relu takes the slope.
+    if activation == slots.RELU:
+        return real(element, 0.0) if z <= real(element, 0.0) else g
+    return g if z > real(element, 0.0) else g * real(element, slot_float(block, slots.SLOPE))
 
 
 @njit(error_model="numpy", fastmath=FASTMATH)

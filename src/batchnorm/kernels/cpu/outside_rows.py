@@ -13,8 +13,8 @@ import math
 from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
-from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
-from batchnorm.kernels.cpu.scalars import load, real
+from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, m2_of, plain
+from batchnorm.kernels.cpu.scalars import as_stored, load, real
 from batchnorm.kernels.cpu.vectors import (
     address_of,
     item_bytes,
@@ -37,6 +37,12 @@ from batchnorm.kernels.cpu.vectors import (
 )
 
 CHUNK = 8192
+
+GROUP = 16
+"""After how many steps of 4 vectors the running sums of the statistics are added to those of the chunk. Squares of
+values on a coarse grid (16 bits, or float32 far from zero) end in few bit patterns, and most are rounded down: a long
+chain of them loses digits that random rounding would keep. In a short one they are nearly exact.
+"""
 
 
 @counting
@@ -70,7 +76,11 @@ def chunk_place(chunk, outer, inner):  # type: ignore[no-untyped-def]
 
 @plain
 def shift_of(x, start, length, element):  # type: ignore[no-untyped-def]
-    """The mean of the first elements; exactly their value where they are all the same; 0 where it is not finite."""
+    """The mean of the first elements; exactly their value where they are all the same; 0 where it is not finite.
+
+    Rounded to the tensor's dtype, so that the differences of 16-bit values are exact: rounding the same few values
+    always the same way would add up.
+    """
     step = lanes(element)
     first = load(x, start)
     origin = vsplat(element, first)
@@ -83,7 +93,7 @@ def shift_of(x, start, length, element):  # type: ignore[no-untyped-def]
     if i == 0:
         total = vfirst(vsub(vload_some(x, start, sample), origin), sample)
         i = sample
-    shift = real(element, float64(first) + vsum(total) / i)
+    shift = as_stored(element, real(element, float64(first) + vsum(total) / i))
     return shift if math.isfinite(shift) else real(element, 0.0)
 
 
@@ -93,39 +103,44 @@ def chunk_moments(x, start, stride, rows, length, ahead, element):  # type: igno
     step = lanes(element)
     shift = shift_of(x, start, length, element)
     k = vsplat(element, shift)
-    s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = vsplat(element, 0.0)
+    zero = vsplat(element, 0.0)
+    all_total, all_squares = zero, zero
     for row in range(rows):
         at = start + row * stride
         end = at + length
-        while at + 4 * step <= end:
-            prefetch_four(x, at + ahead, step, 0, element)
-            d0 = vsub(vload(x, at), k)
-            d1 = vsub(vload(x, at + step), k)
-            d2 = vsub(vload(x, at + 2 * step), k)
-            d3 = vsub(vload(x, at + 3 * step), k)
-            s0 = vadd(s0, d0)
-            s1 = vadd(s1, d1)
-            s2 = vadd(s2, d2)
-            s3 = vadd(s3, d3)
-            q0 = vfma(d0, d0, q0)
-            q1 = vfma(d1, d1, q1)
-            q2 = vfma(d2, d2, q2)
-            q3 = vfma(d3, d3, q3)
-            at += 4 * step
-        while at + step <= end:
-            d0 = vsub(vload(x, at), k)
-            s0 = vadd(s0, d0)
-            q0 = vfma(d0, d0, q0)
-            at += step
-        if at < end:
-            d1 = vfirst(vsub(vload_some(x, at, end - at), k), end - at)
-            s1 = vadd(s1, d1)
-            q1 = vfma(d1, d1, q1)
-    total = vsum(vadd(vadd(s0, s1), vadd(s2, s3)))
-    squares = vsum(vadd(vadd(q0, q1), vadd(q2, q3)))
+        while at < end:
+            s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = zero
+            stop = min(end, at + GROUP * 4 * step)
+            while at + 4 * step <= stop:
+                prefetch_four(x, at + ahead, step, 0, element)
+                d0 = vsub(vload(x, at), k)
+                d1 = vsub(vload(x, at + step), k)
+                d2 = vsub(vload(x, at + 2 * step), k)
+                d3 = vsub(vload(x, at + 3 * step), k)
+                s0 = vadd(s0, d0)
+                s1 = vadd(s1, d1)
+                s2 = vadd(s2, d2)
+                s3 = vadd(s3, d3)
+                q0 = vfma(d0, d0, q0)
+                q1 = vfma(d1, d1, q1)
+                q2 = vfma(d2, d2, q2)
+                q3 = vfma(d3, d3, q3)
+                at += 4 * step
+            while at + step <= stop:
+                d0 = vsub(vload(x, at), k)
+                s0 = vadd(s0, d0)
+                q0 = vfma(d0, d0, q0)
+                at += step
+            if at < stop:
+                d1 = vfirst(vsub(vload_some(x, at, stop - at), k), stop - at)
+                s1 = vadd(s1, d1)
+                q1 = vfma(d1, d1, q1)
+                at = stop
+            all_total = vadd(all_total, vadd(vadd(s0, s1), vadd(s2, s3)))
+            all_squares = vadd(all_squares, vadd(vadd(q0, q1), vadd(q2, q3)))
+    total, squares = vsum(all_total), vsum(all_squares)
     count = float64(rows * length)
-    m2 = squares - total * (total / count)
-    return float64(shift) + total / count, 0.0 if m2 < 0.0 else m2
+    return float64(shift) + total / count, m2_of(total, squares, count)
 
 
 @plain

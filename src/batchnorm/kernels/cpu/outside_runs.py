@@ -14,7 +14,7 @@ from numba import float64
 
 from batchnorm.kernels.cpu import block as slots
 from batchnorm.kernels.cpu.channel import activated, counting, gated, inlined, plain
-from batchnorm.kernels.cpu.scalars import load, real
+from batchnorm.kernels.cpu.scalars import as_stored, load, real
 from batchnorm.kernels.cpu.vectors import (
     item_bytes,
     lanes,
@@ -34,6 +34,7 @@ from batchnorm.kernels.cpu.vectors import (
     vsum,
     vtake,
     vzeros,
+    workspace,
 )
 
 PLACES = 1600
@@ -47,8 +48,10 @@ SLACK = PLACES + 32
 LONGEST = 256
 """Rows up to this length are taken in runs."""
 
-
 CHUNK = 8192
+
+GROUP = 64
+"""After how many samples the running sums of the statistics are added to those of the chunk: see outside_rows."""
 
 
 @counting
@@ -84,7 +87,7 @@ def fold(places, channel, inner, element):  # type: ignore[no-untyped-def]
 @plain
 def shift_of_channel(x, start, stride, samples, inner, element):  # type: ignore[no-untyped-def]
     """The mean of a channel over its first 4, 2 or 1 samples; exactly their value where they are all the same;
-    0 where it is not finite.
+    0 where it is not finite. Rounded to the tensor's dtype: see outside_rows.
     """
     step = lanes(element)
     taken = 4 if samples >= 4 else 2 if samples >= 2 else 1
@@ -101,7 +104,7 @@ def shift_of_channel(x, start, stride, samples, inner, element):  # type: ignore
             v = vadd(v, vadd(w, vtake(x, start + 3 * stride + i, size, step)))
         v = vsub(v, origin)
         total = vadd(total, v if size == step else vfirst(v, size))
-    shift = real(element, float64(first) + vsum(total) / (taken * inner))
+    shift = as_stored(element, real(element, float64(first) + vsum(total) / (taken * inner)))
     return shift if math.isfinite(shift) else real(element, 0.0)
 
 
@@ -112,6 +115,20 @@ def clear(a, b, width, element):  # type: ignore[no-untyped-def]
     for i in range(0, width, lanes(element)):
         vstore(a, i, zero)
         vstore(b, i, zero)
+
+
+@inlined
+def add(a, b, width, element):  # type: ignore[no-untyped-def]
+    """a += b in all places."""
+    for i in range(0, width, lanes(element)):
+        vstore(a, i, vadd(vload(a, i), vload(b, i)))
+
+
+@inlined
+def copy(a, b, width, element):  # type: ignore[no-untyped-def]
+    """a = b in all places."""
+    for i in range(0, width, lanes(element)):
+        vstore(a, i, vload(b, i))
 
 
 @inlined
@@ -133,6 +150,8 @@ def moments_of_run(x, start, stride, samples, width, shifts, sums, squares, elem
     """sums, squares = sum of d and of d * d over the samples, d = x - shift, for each place of the run."""
     step = lanes(element)
     whole = width // step * step
+    all_sums, all_squares = workspace(element, SLACK), workspace(element, SLACK)
+    kept = False
     clear(sums, squares, width, element)
     n = 0
     while n + 4 <= samples:
@@ -142,6 +161,15 @@ def moments_of_run(x, start, stride, samples, width, shifts, sums, squares, elem
         if whole < width:
             measure_four(x, at + whole, stride, shifts, sums, squares, whole, width - whole, step, element)
         n += 4
+        if n % GROUP == 0 and n < samples:
+            if kept:
+                add(all_sums, sums, width, element)
+                add(all_squares, squares, width, element)
+            else:
+                copy(all_sums, sums, width, element)
+                copy(all_squares, squares, width, element)
+            clear(sums, squares, width, element)
+            kept = True
     while n < samples:
         at = start + n * stride
         for i in range(0, width, step):
@@ -149,6 +177,9 @@ def moments_of_run(x, start, stride, samples, width, shifts, sums, squares, elem
             vstore(sums, i, vadd(vload(sums, i), d0))
             vstore(squares, i, vfma(d0, d0, vload(squares, i)))
         n += 1
+    if kept:
+        add(sums, all_sums, width, element)
+        add(squares, all_squares, width, element)
 
 
 @inlined

@@ -15,7 +15,9 @@ from batchnorm.kernels.cpu.channel import (
     finish_sums,
     gradient_coefficients,
     inlined,
+    m2_of,
     may_stream,
+    measured,
     merge,
     pasted,
     plain,
@@ -86,8 +88,8 @@ def measure_run(block, channel, here, row, rows, shifts, sums, squares, element)
 def moments_of_place(k, inner, count, shifts, sums, squares, element):  # type: ignore[no-untyped-def]
     """(mean, m2) of a run's k-th channel from the sums of measure_run."""
     total = fold(sums, k, inner, element)
-    m2 = fold(squares, k, inner, element) - total * (total / count)
-    return float64(load(shifts, k * inner)) + total / count, 0.0 if m2 < 0.0 else m2
+    m2 = m2_of(total, fold(squares, k, inner, element), count)
+    return float64(load(shifts, k * inner)) + total / count, m2
 
 
 @plain
@@ -354,8 +356,9 @@ def _forward(block, element):  # type: ignore[no-untyped-def]
         else:
             read_moments(block, channel, here, means, m2s)
         for k in range(here):
-            mean = load(means, k)
-            var = finish_statistics(block, channel + k, float64(outer * inner), mean, load(m2s, k))
+            count = float64(outer * inner)
+            mean, m2 = measured(block, channel + k, count, load(means, k), load(m2s, k), element)
+            var = finish_statistics(block, channel + k, count, mean, m2)
             hi_k, a_k, b_k = coefficients(block, channel + k, mean, var, element)
             spread(hi, k, inner, hi_k, element)
             spread(a, k, inner, a_k, element)
@@ -383,7 +386,9 @@ def _moments(block, element):  # type: ignore[no-untyped-def]
         else:
             read_moments(block, channel, here, means, m2s)
         for k in range(here):
-            write_moments(block, channel + k, float64(outer * inner), load(means, k), load(m2s, k))
+            count = float64(outer * inner)
+            mean, m2 = measured(block, channel + k, count, load(means, k), load(m2s, k), element)
+            write_moments(block, channel + k, count, mean, m2)
 
 
 @pasted

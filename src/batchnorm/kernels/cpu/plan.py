@@ -6,6 +6,8 @@ they want, and the first half of their argument block. Finding it again is one l
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.kernels.cpu import block, inside, outside, outside_long, outside_masked, outside_short
+from batchnorm.kernels.cpu import block, inside, inside_few, outside, outside_long, outside_masked, outside_short
 from batchnorm.kernels.cpu.compiling import Kernel
 from batchnorm.kernels.cpu.pages import LARGE, large_empty
 from batchnorm.kernels.cpu.threads import launch, threads_for
@@ -53,9 +55,17 @@ class Plan(NamedTuple):
     copied: tuple[str, ...]  # the tensors that kernels cannot read as they lie in memory
     like_x: bool  # whether outputs have the strides of x
 
-    def run(self, what: bytes) -> None:
+    def run(self, what: bytes) -> bool:
+        """Launch. Whether there were numbers too large for the vectors' arithmetic (see ``block``, slot FAR)."""
+        far, threads = _told.far, self.threads
+        far.value = 0
+        what += _told.address
         for kernel, how in self.launches:
-            launch(kernel, how + what, self.threads)
+            if threads == 1:  # spelt out: a call less on the way to small kernels
+                kernel.alone(how + what)
+            else:
+                launch(kernel, how + what, threads)
+        return far.value != 0
 
     def output(self, x: Tensor) -> Tensor:
         """A new tensor like ``x`` for the kernels to write."""
@@ -70,6 +80,17 @@ class Plan(NamedTuple):
     def positions(self, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """A mask or weight that all channels share, as kernels read it: (outer, inner), without gaps."""
         return None if t is None else self.seen.view(t)[:, 0].to(dtype).contiguous()
+
+
+class _Told(threading.local):
+    """Where the kernels that a thread launches raise FAR."""
+
+    def __init__(self) -> None:
+        self.far = ctypes.c_int64()
+        self.address = block.pack_far(ctypes.addressof(self.far))
+
+
+_told = _Told()
 
 
 def find(
@@ -143,11 +164,14 @@ def _make(
             copied.append(name)
         steps[name] = own or like_x
     family = outside.family(outer, inner, masked) if by_channel else inside
+    few = operation in ("FORWARD", "BACKWARD") and not by_channel and not masked and inside_few.serves(outer, channels)
+    if few:
+        family = inside_few
     split = by_channel and not masked and outside.in_phases(outer, channels, inner, threads)
     if by_channel:
         scratch = outside.scratch(outer, channels, inner) if split else 0
     else:
-        scratch = inside.scratch(outer, inner, channels, 8 if x.dtype == torch.float64 else 4, threads)
+        scratch = 0 if few else inside.scratch(outer, inner, channels, 8 if x.dtype == torch.float64 else 4, threads)
     name, bytes_out = DTYPES[x.dtype], made.numel() * made.element_size()
     how = (
         outer, channels, inner,
@@ -157,7 +181,7 @@ def _make(
         ACTIVATIONS[activation.name], int(bytes_out >= STREAM_FROM),
     )  # fmt: skip
     launches = []
-    for kernel, phase in _order(operation, split, () if by_channel else inside.phases(threads)):
+    for kernel, phase in _order(operation, split, () if by_channel or few else inside.phases(threads)):
         if by_channel and kernel == "BACKWARD_EVAL":
             kernel = "BACKWARD"  # tells the two apart by COUNT
         compiled = getattr(family, kernel)[name]
@@ -213,7 +237,7 @@ def _steps(seen: layout.Layout, t: Tensor, by_channel: bool) -> tuple[int, int] 
 
 def compile_all(dtype: torch.dtype, masked: bool) -> int:
     """Compile, or load from the cache, every kernel for this dtype; how many there are."""
-    families = [inside, outside_long, outside_short] + [outside_masked] * masked
+    families = [inside, inside_few, outside_long, outside_short] + [outside_masked] * masked
     found = [
         kernels[DTYPES[dtype]]
         for family in families

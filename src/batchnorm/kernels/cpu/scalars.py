@@ -11,16 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba import float32, float64, njit, types
 from numba.core.datamodel import models, register_default
 from numba.core.imputils import lower_constant
 from numba.extending import intrinsic, typeof_impl
 
-I16 = ir.IntType(16)
-I32 = ir.IntType(32)
+from batchnorm.kernels.cpu.halves import I16, I32, float_to_half, half_to_float, shaped, splat
+from batchnorm.kernels.cpu.target import ROUNDS_TO_BFLOAT16, converts_float16
+
 I64 = ir.IntType(64)
 
 
@@ -38,15 +37,6 @@ class _BFloatType(ir.Type):  # type: ignore[misc]
     def __hash__(self) -> int:
         return hash(_BFloatType)
 
-
-def _rounds_to_bfloat16() -> bool:
-    """Whether the machine has an instruction for it; without, LLVM would call a function for each value."""
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # told to compile for another machine than this one
-        return False
-    return bool(llvm.get_host_cpu_features().get("avx512bf16"))
-
-
-ROUNDS_TO_BFLOAT16 = _rounds_to_bfloat16()
 
 INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """For functions that kernels alone call: Numba makes no wrappers for other callers, which take as long to compile.
@@ -109,6 +99,8 @@ def widen(builder: Any, name: str, value: Any, lanes: int = 0) -> Any:
         shifted = builder.shl(builder.zext(value, bits), splat(I32, 16, lanes))
         return builder.bitcast(shifted, shaped(ir.FloatType(), lanes))
     if name == "float16":
+        if not converts_float16():
+            return half_to_float(builder, value, lanes)
         return builder.fpext(builder.bitcast(value, shaped(ir.HalfType(), lanes)), shaped(ir.FloatType(), lanes))
     return value
 
@@ -128,18 +120,10 @@ def narrow(builder: Any, name: str, value: Any, lanes: int = 0) -> Any:
         kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
         return builder.trunc(builder.lshr(kept, splat(I32, 16, lanes)), shaped(I16, lanes))
     if name == "float16":
+        if not converts_float16():
+            return float_to_half(builder, value, lanes)
         return builder.bitcast(builder.fptrunc(value, shaped(ir.HalfType(), lanes)), shaped(I16, lanes))
     return value
-
-
-def shaped(scalar: ir.Type, lanes: int) -> ir.Type:
-    """The scalar type, or a vector of it."""
-    return ir.VectorType(scalar, lanes) if lanes else scalar
-
-
-def splat(scalar: ir.Type, value: int, lanes: int) -> ir.Constant:
-    """An integer constant in every lane."""
-    return ir.Constant(shaped(scalar, lanes), [value] * lanes if lanes else value)
 
 
 @intrinsic
@@ -193,6 +177,17 @@ def load_byte(typing: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def stays_a_call(typing: Any) -> Any:
+    """At the head of a function: LLVM does not copy its body to the places that call it (compilation takes longer)."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic
 def increment(typing: Any, address: Any) -> Any:
     """One more in the int64 at an address."""
 
@@ -213,6 +208,18 @@ def real(typing: Any, element: Any, value: Any) -> Any:
 
     if isinstance(element, ElementType):
         return element.real(element, value), code
+    return None
+
+
+@intrinsic
+def as_stored(typing: Any, element: Any, value: Any) -> Any:
+    """The number, of the float that elements are computed in, rounded to what an element can hold."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return widen(builder, element.element, narrow(builder, element.element, args[1]))
+
+    if isinstance(element, ElementType):
+        return element.real(element, element.real), code
     return None
 
 

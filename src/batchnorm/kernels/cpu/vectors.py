@@ -12,23 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba import njit, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from batchnorm.kernels.cpu.scalars import I32, I64, INTERNAL, ElementType, narrow, widen
-
-
-def _vector_bytes() -> int:
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # told to compile for another machine than this one
-        return 32
-    return 64 if llvm.get_host_cpu_features().get("avx512f") else 32
-
-
-VECTOR_BYTES = _vector_bytes()
+from batchnorm.kernels.cpu.halves import I32
+from batchnorm.kernels.cpu.scalars import I64, INTERNAL, ElementType, narrow, widen
+from batchnorm.kernels.cpu.target import VECTOR_BYTES
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -319,6 +310,17 @@ def vwhere_positive(typing: Any, z: Any, a: Any, b: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         zero = ir.Constant(signature.return_type.llvm, None)
         return builder.select(builder.fcmp_unordered(">", args[0], zero), args[1], args[2])
+
+    return a(z, a, b), code
+
+
+@intrinsic
+def vwhere_above(typing: Any, z: Any, a: Any, b: Any) -> Any:
+    """Lane by lane: a where z > 0, else b (where z is NaN too)."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero = ir.Constant(signature.return_type.llvm, None)
+        return builder.select(builder.fcmp_ordered(">", args[0], zero), args[1], args[2])
 
     return a(z, a, b), code
 
