@@ -129,6 +129,14 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], dy)]
 
 
+@functools.cache
+def _kernels_loaded() -> None:
+    """Once, in the process that forks: else each fork would load the compiled kernels for itself."""
+    for training in (True, False):
+        for activation in (None, "relu"):
+            step(pair(activation, training=training)[0], data(), data(seed=3))
+
+
 def in_a_fork(test: Test) -> Test:
     """Run the test in a forked process, whose death is a failed test and no more.
 
@@ -139,6 +147,7 @@ def in_a_fork(test: Test) -> Test:
     def forked(*args: Any, **kwargs: Any) -> None:
         if not hasattr(os, "fork"):
             pytest.skip("no os.fork here")
+        _kernels_loaded()
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

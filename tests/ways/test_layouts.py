@@ -115,7 +115,8 @@ def test_strides_of_the_gradient(form: str, training: bool) -> None:
             (dx,) = torch.autograd.grad(y, leaf, given(y.detach()))
             found.append(dx)
         same(found[0], found[1], "dx")
-        assert found[0].stride() == found[1].stride(), name
+        # The strides of a tensor without values mean nothing.
+        assert found[0].stride() == found[1].stride() or not x.numel(), name
 
 
 @way(WHERE, "(N, L, C) seen as (N, C, L)", "a contiguous result, on which `.view` works")
