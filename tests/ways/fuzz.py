@@ -231,7 +231,11 @@ class Problem:
                 return [y, *torch.autograd.grad(y, leaf, torch.stack((dy, dy * 2)), is_grads_batched=True)]
             again = transform == "double backward"
             (dx,) = torch.autograd.grad(y, leaf, dy, create_graph=again)
-            return [y, dx, *(torch.autograd.grad((dx * dy).sum(), leaf) if again and dx.requires_grad else ())]
+            if not again:
+                return [y, dx]
+            if not dx.requires_grad:  # linear in the input
+                return [y, dx, torch.zeros_like(dx)]
+            return [y, dx, *torch.autograd.grad((dx * dy).sum(), leaf, allow_unused=True, materialize_grads=True)]
         if transform == "dual":
             with forward_ad.dual_level():
                 return list(forward_ad.unpack_dual(of(forward_ad.make_dual(x, dy))))

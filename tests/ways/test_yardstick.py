@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 import batchnorm as bn
 from batchnorm.functional import batch_norm
+from tolerances import assert_not_worse_than_torch
 from ways.common import both_modes, same
 
 pytest.importorskip("expecttest", reason="expecttest is not installed, which torch.testing._internal imports")
@@ -148,13 +149,22 @@ def cloned(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def test_function(index: int, dtype: torch.dtype) -> None:
     sample = op_samples(dtype, requires_grad=True)[index]
     results = []
-    for function in (batch_norm, nn.functional.batch_norm):
+    for function, wide in ((batch_norm, False), (nn.functional.batch_norm, False), (nn.functional.batch_norm, True)):
         args, kwargs = cloned(sample)
+        if wide:
+            args = tree_map(
+                lambda t: t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, args
+            )
         y = function(*args, **kwargs)
         leaves = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
-        dy = torch.linspace(-1, 1, y.numel()).to(dtype).view_as(y)
-        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy), *args[1:3]])
-    close(results[0], results[1], dtype)
+        dy = torch.linspace(-1, 1, y.numel()).to(dtype).to(y.dtype).view_as(y)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy), *(t for t in args[1:3] if t is not None)])
+    for ours, torchs, right in zip(*results, strict=True):
+        assert (ours.shape, ours.dtype) == (torchs.shape, torchs.dtype)
+        if dtype == torch.float64:
+            same(ours, torchs, "dx")
+        else:
+            assert_not_worse_than_torch(ours, torchs, right, dtype=dtype)
 
 
 @way(WHERE, "OpInfo: `gradcheck`, `gradgradcheck`, forward-mode and batched gradients", "pass")
