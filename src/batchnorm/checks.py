@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PARAMETERS = {(x, p) for x in FLOATING for p in FLOATING if p == x or (p == torch.float32 and x.itemsize == 2)}
 """Which dtypes weight and bias may have beside an input's: its own, or float32 beside 16 bits."""
 
-STATISTICS = {(x, s) for x in FLOATING for s in FLOATING if x != torch.float64 or s == torch.float64}
+STATISTICS = {
+    (x, mean, var) for x, mean, var in product(FLOATING, repeat=3) if x != torch.float64 or mean == var == torch.float64
+}
 """Which dtypes running statistics may have beside an input's: float64 beside float64, any beside the others."""
 
 
@@ -49,47 +52,38 @@ def check(
         mean, var: running statistics that are read or updated, None where neither happens
         by_batch: whether the batch's own statistics are used
     """
-    values: object = x.numel()
+    # First one quick look, on the way of every call and so written for speed: True if ``_check`` would pass.
+    shape, dtype, device = x.shape, x.dtype, x.device
+    values: Any = x.numel()
     if type(values) is Tensor:
         return  # under torch.jit.trace, which records every question about a size; PyTorch's operator asks them again
-    if not _is_usual(x, weight, bias, mean, var, eps, by_batch):
-        _check(function, x, weight, bias, mean, var, eps, by_batch)
-
-
-def _is_usual(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    by_batch: bool,
-) -> bool:
-    """True if ``_check`` would pass; False if that is not known. On the way of every call, so written for speed."""
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if len(shape) < 2 or eps <= 0.0 or x.numel() <= shape[1]:
-        return False
-    channels = shape[1]
-    if weight is not None and (
-        weight.numel() != channels or (dtype, weight.dtype) not in PARAMETERS or weight.device != device
-    ):
-        return False
-    if bias is not None and (
-        bias.numel() != channels or (dtype, bias.dtype) not in PARAMETERS or bias.device != device
-    ):
-        return False
-    if mean is None or var is None:
-        return by_batch and mean is var and dtype in FLOATING
-    return not (
-        mean.numel() != channels
-        or var.numel() != channels
-        or (dtype, mean.dtype) not in STATISTICS
-        or (dtype, var.dtype) not in STATISTICS
-        or mean.device != device
-        or var.device != device
-        or mean.requires_grad
-        or var.requires_grad
-    )
+    if len(shape) > 1 and values > shape[1] and eps > 0.0:
+        channels = shape[1]
+        if (
+            (
+                weight is None
+                or (weight.numel() == channels and (dtype, weight.dtype) in PARAMETERS and weight.device == device)
+            )
+            and (
+                bias is None
+                or (bias.numel() == channels and (dtype, bias.dtype) in PARAMETERS and bias.device == device)
+            )
+            and (
+                (by_batch and mean is var and dtype in FLOATING)
+                if mean is None or var is None
+                else (
+                    mean.numel() == channels
+                    and var.numel() == channels
+                    and (dtype, mean.dtype, var.dtype) in STATISTICS
+                    and mean.device == device
+                    and var.device == device
+                    and not mean.requires_grad
+                    and not var.requires_grad
+                )
+            )
+        ):
+            return
+    _check(function, x, weight, bias, mean, var, eps, by_batch)
 
 
 def _check(
@@ -147,7 +141,7 @@ def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor 
         return
     for name, r in (("running_mean", mean), ("running_var", var)):
         _check_channels(function, x, name, r)
-        if (x.dtype, r.dtype) not in STATISTICS:
+        if (x.dtype, r.dtype, r.dtype) not in STATISTICS:
             raise DtypeError(_dtype_message(function, name, x, r))
         if r.requires_grad and torch.is_grad_enabled():
             todo = f"Give {name}.detach(): statistics are not differentiable arguments."

@@ -195,7 +195,7 @@ def test_swapped_tensors(training: bool) -> None:
     agree(scenario, "relu", "dx", training=training)
 
 
-@way(WHERE, "`nn.LazyBatchNorm2d` beside it, `weights` tied between layers", "work")
+@way(WHERE, "one weight tied between two layers", "works")
 @both_modes
 def test_one_weight_for_two_layers(training: bool) -> None:
     def scenario(layer: nn.Module) -> Any:

@@ -230,6 +230,22 @@ def test_batched_gradients(activation: str | None, training: bool) -> None:
     agree(scenario, activation, "dx", training=training)
 
 
+@way(WHERE, "`is_grads_batched=True` with a mask, sample weights or a residual", "works")
+@both_modes
+@pytest.mark.parametrize("extra", ["mask", "sample_weight", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_batched_gradients_with_extras(activation: str | None, extra: str, training: bool) -> None:
+    """Each row is the gradient of one vector alone."""
+    layer = pair(activation, training=training)[0][0]
+    given = {"mask": X[:, 0] > -1, "sample_weight": X[:, 0, 0, 0].abs() + 0.5, "residual": data(seed=4)}[extra]
+    leaf = X.clone().requires_grad_()
+    y = layer(leaf, **{extra: given})
+    vectors, inputs = data(3, *X.shape, seed=9), [leaf, *layer.parameters()]
+    batched = torch.autograd.grad(y, inputs, vectors, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, inputs, v, retain_graph=True) for v in vectors]
+    same(list(batched), [torch.stack(rows) for rows in zip(*single, strict=True)], "dx")
+
+
 @way(WHERE, "`jacobian(…, vectorize=True)`, reverse and forward mode", "works")
 @both_modes
 @activations

@@ -145,7 +145,7 @@ def _through_graph(
     with torch.enable_grad():
         if x is None:
             # Frozen inference: the gradient is linear in dy, whatever the values of x were.
-            x = torch.zeros_like(dy, requires_grad=needs.x)
+            x = stats.new_zeros(dy.shape, dtype=dy.dtype).requires_grad_(needs.x)
         # Aliases: one tensor may be given twice (as x and as the residual), each place has its own gradient.
         x = x.view_as(x)
         weight, bias, residual, sample_weight = (

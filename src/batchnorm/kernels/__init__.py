@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -68,28 +69,25 @@ def choose(
     Raises:
         BackendError: a backend was named outright that is unknown or cannot serve; the message names those that can
     """
-    named = _named.get() or _from_environment()
-    if named is not None:
-        return _named_backend(named, x, beside, activation, mask, sample_weight)
+    if ENVIRONMENT is not None or _named.get() is not None:
+        return _named_backend(_named.get() or _from_environment(), x, beside, activation, mask, sample_weight)
     if not plain.is_plain(x, mask, sample_weight, *beside):
         return None
-    for candidate in BACKENDS:
-        kernel = _load(candidate)
-        if not isinstance(kernel, str):
-            why = kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight)
-            if why is None:
-                return kernel
+    for kernel in _importable():
+        if kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight) is None:
+            return kernel
     raise AssertionError("the last backend serves every plain tensor")
 
 
 def _named_backend(
-    name: str,
+    name: str | None,
     x: Tensor,
     beside: tuple[Tensor | None, ...],
     activation: Activation,
     mask: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Kernel | None:
+    assert name is not None
     if name == COMPOSITE:
         return None
     others = {f"tensor {i} beside it": t for i, t in enumerate(beside)}
@@ -226,6 +224,12 @@ def _known(function: str, name: str) -> None:
     known = [*BACKENDS, COMPOSITE]
     if name not in known:
         raise BackendError(expected(function, f"one of {known}", repr(name), "Correct the name."))
+
+
+@lru_cache(maxsize=1)
+def _importable() -> tuple[Kernel, ...]:
+    """The backends that can be imported, fastest first."""
+    return tuple(kernel for kernel in map(_load, BACKENDS) if not isinstance(kernel, str))
 
 
 _loaded: dict[str, Kernel | str] = {}

@@ -80,6 +80,8 @@ def standard(
         # PyTorch takes parameters in the dtype of the statistics beside a 16-bit input, and in no other.
         weight = None if weight is None else weight.to(mean.dtype)
         bias = None if bias is None else bias.to(mean.dtype)
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()  # PyTorch's dx is silently wrong for a weight that was expanded
     y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual

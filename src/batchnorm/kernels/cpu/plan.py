@@ -57,14 +57,11 @@ class Plan(NamedTuple):
 
     def run(self, what: bytes) -> bool:
         """Launch. Whether there were numbers too large for the vectors' arithmetic (see ``block``, slot FAR)."""
-        far, threads = _told.far, self.threads
+        far = _told.far
         far.value = 0
         what += _told.address
         for kernel, how in self.launches:
-            if threads == 1:  # spelt out: a call less on the way to small kernels
-                kernel.alone(how + what)
-            else:
-                launch(kernel, how + what, threads)
+            launch(kernel, how + what, self.threads)
         return far.value != 0
 
     def output(self, x: Tensor) -> Tensor:
