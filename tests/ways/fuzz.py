@@ -140,7 +140,13 @@ def draw(rng: random.Random) -> Call:
         transform=rng.choice(TRANSFORMS),
         by_layer=rng.random() < 0.4,
     )
-    strange_ones = {"wrapper", "logging", "zero", "meta", "negated"} & {call.x, call.weight, call.bias, call.residual}
+    strange_ones = {"wrapper", "logging", "zero", "meta", "negated"} & {
+        call.x,
+        call.weight,
+        call.bias,
+        call.mask,
+        call.residual,
+    }
     if call.transform == "linearize" and (strange_ones or call.mode != "none"):
         # torch's linearize gives uninitialized memory for these, with torch's own layer too.
         return replace(call, transform="jvp")
@@ -200,16 +206,26 @@ class Problem:
         )  # fmt: skip
 
     def torchs(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """The reference: float64, plain, by torch's function; by ours where a mask takes part."""
+        """The reference: float64, plain, by torch's function; written out where a mask takes part."""
         given = {n: t.double() if t is not None and n != "mask" else t for n, t in self.plain.items()}
-        weight, bias, residual = given["weight"], given["bias"], given["residual"]
-        if given["mask"] is not None:
-            return batch_norm(
-                x, mean, var, weight, bias, self.call.training, 0.3, EPS,
-                activation=self.call.activation, residual=residual, mask=given["mask"],
-            )  # fmt: skip
-        z = F.batch_norm(x, mean, var, weight, bias, self.call.training, 0.3, EPS)
-        return activated(z if residual is None else z + residual, self.call.activation)
+        weight, bias, residual, mask = (given[n] for n in ("weight", "bias", "residual", "mask"))
+        if mask is None:
+            z = F.batch_norm(x, mean, var, weight, bias, self.call.training, 0.3, EPS)
+            return activated(z if residual is None else z + residual, self.call.activation)
+        dims = [d for d in range(x.dim()) if d != 1]
+        present = mask.expand(x.shape).double()
+        center, spread = (t.clone().view(-1, *[1] * (x.dim() - 2)) for t in (mean, var))
+        if self.call.training:
+            count = present.sum(dims, keepdim=True)
+            center = (x * present).sum(dims, keepdim=True) / count
+            spread = ((x - center).square() * present).sum(dims, keepdim=True) / count
+            with torch.no_grad():
+                mean.mul_(0.7).add_(0.3 * center.detach().flatten())
+                var.mul_(0.7).add_(0.3 * (spread.detach() * count / (count - 1)).flatten())
+        z = (x - center) / torch.sqrt(spread + EPS)
+        for t, combine in ((weight, torch.mul), (bias, torch.add)):
+            z = z if t is None else combine(z, t.view(-1, *[1] * (x.dim() - 2)))
+        return activated(z if residual is None else z + residual, self.call.activation) * present
 
     def run(self, function: Any, tensors: dict[str, Any], strange: bool) -> list[Any]:
         """The call by its transform; ``strange`` is False for the reference."""
