@@ -227,5 +227,8 @@ def test_composite_compliance(index: int) -> None:
 
     sample = op_samples(torch.float64, requires_grad=True)[index]
     args, kwargs = cloned(sample)
+    if kwargs.get("training"):
+        # The check allows no operation in place on a plain tensor beside a wrapped one, and statistics are written so.
+        args = (args[0], None, None, *args[3:])
     composite_compliance.check_with_mode(batch_norm, args, kwargs, torch.testing.assert_close)
     composite_compliance.check_all_permutations(batch_norm, args, kwargs, torch.testing.assert_close)
