@@ -275,7 +275,7 @@ def cut_in(inputs: Inputs, pieces: int) -> list[Inputs]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 2], ids=str)
 def test_the_result_has_the_strides_that_pytorchs_has(name: str, shape: tuple[int, ...], layout: str) -> None:
-    """channels_last where the input suggests it, else contiguous; with dy of the result's strides dx is as the result."""
+    """channels_last where the input suggests it, else contiguous; dx as the result where dy has its strides."""
     if not allowed({"shape": shape, "layout": layout}):
         pytest.skip("every value of a channel would be the same")
     x = arrange(torch.randn(shape), layout)
