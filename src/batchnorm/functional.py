@@ -161,7 +161,7 @@ def run(
 ) -> Tensor:
     """``batch_norm`` on arguments that were checked."""
     if torch.compiler.is_compiling():
-        if _is_exporting() or type(x) is not Tensor:
+        if _is_exporting() or type(x) is not Tensor or torch._C._are_functorch_transforms_active():
             return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
         return _by_operators(x, weight, bias, eps, statistics, activation, residual, places, out)
     mask, sample_weight = places

@@ -230,6 +230,26 @@ def test_batched_gradients(activation: str | None, training: bool) -> None:
     agree(scenario, activation, "dx", training=training)
 
 
+@way(WHERE, "`torch.compile` over `vmap` and `grad`", "works")
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_compiled_transforms(transform: str) -> None:
+    def scenario(layer: nn.Module) -> Any:
+        state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+        def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+            y: Tensor = functional_call(layer, {**state, **p}, (x,))
+            return (y * data(seed=5)).sum()
+
+        function: Callable[..., Any] = vmap(layer) if transform == "vmap" else grad(loss, argnums=(0, 1))
+        given = (torch.stack((X, 2 * X)),) if transform == "vmap" else (dict(layer.named_parameters()), X)
+        torch._dynamo.reset()
+        found = torch.compile(function, backend="aot_eager")(*given)
+        torch._dynamo.reset()
+        return found.detach() if transform == "vmap" else [*found[0].values(), found[1]]
+
+    agree(scenario, "relu", "dx", training=False)
+
+
 @way(WHERE, "`is_grads_batched=True` with a mask, sample weights or a residual", "works")
 @both_modes
 @pytest.mark.parametrize("extra", ["mask", "sample_weight", "residual"])
