@@ -429,8 +429,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "quick look: at the dtypes of parameters, not at how many there are",
         CHECKS,
-        "        weight.numel() != channels or (dtype",
-        "        (dtype",
+        "or (weight.numel() == channels and (dtype",
+        "or ((dtype",
         OF_REFUSALS,
     ),
     Mutant(

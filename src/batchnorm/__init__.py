@@ -6,12 +6,12 @@
 torch.Size([8, 16, 4, 4])
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from batchnorm import functional
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import explain, use_backend, warmup
-from batchnorm.lifecycle.convert import convert, revert
-from batchnorm.lifecycle.folding import fold
-from batchnorm.lifecycle.recalibrate import recalibrate
 from batchnorm.moments import Moments
 from batchnorm.nn import (
     BatchNorm,
@@ -24,6 +24,11 @@ from batchnorm.nn import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+
+if TYPE_CHECKING:
+    from batchnorm.lifecycle.convert import convert, revert
+    from batchnorm.lifecycle.folding.fold import fold
+    from batchnorm.lifecycle.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,3 +52,22 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
+
+# Imported on first use: they take longer than all the rest, and a training run may need none of them.
+_ON_FIRST_USE = {
+    "convert": "batchnorm.lifecycle.convert",
+    "revert": "batchnorm.lifecycle.convert",
+    "fold": "batchnorm.lifecycle.folding.fold",
+    "recalibrate": "batchnorm.lifecycle.recalibrate",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})
