@@ -107,27 +107,3 @@ def test_compiled_by_inductor_it_gives_the_same(folded: bool) -> None:
     with torch.no_grad():
         assert_near(torch.compile(net, backend="inductor", fullgraph=True)(x), expected)
     torch._dynamo.reset()
-
-
-def test_quantization_finds_the_norms_behind_convolutions_and_folds_them() -> None:
-    """PT2E as torchao does it: a converted network's exported norms go into its convolutions."""
-    pt2e: Any = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="torchao is not installed")
-    quantizer: Any = pytest.importorskip(
-        "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason="torchao has no x86 quantizer"
-    )
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 8, 3), bn.BatchNorm2d(8))
-    x = torch.randn(16, 3, 10, 10)
-    net(x)
-    net.eval()
-    exported = torch.export.export(net, (x,)).module()
-    chosen = quantizer.X86InductorQuantizer().set_global(quantizer.get_default_x86_inductor_quantization_config())
-    prepared_model = pt2e.prepare_pt2e(exported, chosen)
-    prepared_model(x)
-    quantized = pt2e.convert_pt2e(prepared_model)
-    targets = [str(node.target) for node in quantized.graph.nodes if node.op == "call_function"]
-    assert not [target for target in targets if "batch_norm" in target]
-    assert [target for target in targets if "quantize" in target]
-    with torch.no_grad():
-        expected = net(x)
-        error = (quantized(x) - expected).pow(2).mean().sqrt() / expected.std()
-    assert error < 0.05  # eight bits

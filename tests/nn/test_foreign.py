@@ -30,16 +30,6 @@ def test_synchronizing_a_layer_without_extras_works() -> None:
     assert converted.weight is layer.weight
 
 
-def test_fusing_for_quantization_is_an_error_that_names_the_way_out() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), bn.BatchNorm2d(3)).eval()
-    with pytest.raises(bn.BatchNormError) as caught:
-        torch.ao.quantization.fuse_modules(model, ["0", "1"])
-    assert str(caught.value) == (
-        "fuse_modules: expected torch.nn's own layers, which it knows by type, got batchnorm.BatchNorm2d. "
-        "Call batchnorm.revert(model) first."
-    )
-
-
 @pytest.mark.parametrize("name", ["qconfig", "parametrizations"])
 def test_to_everyone_else_the_attribute_is_absent_until_it_is_set(name: str) -> None:
     layer = bn.BatchNorm2d(3, activation="relu")
