@@ -311,3 +311,22 @@ def test_a_process_with_little_memory_keeps_little(
     own = pages._find_pool()
     assert own is not None
     assert own.most_idle == found
+
+
+@pytest.mark.timeout(60)
+def test_a_size_of_which_nothing_lies_idle_does_not_keep_the_others() -> None:
+    """The first queue is empty when the limit is reached: the block that lies idle longest still goes."""
+    own = a_pool(most_idle=8 * pages.PAGE)
+    small = own._take(2)
+    own.give(small)
+    del small
+    taken = own._take(2)  # the queue of this size is there, and empty
+    for _ in range(3):
+        large = own._take(4)
+        another = own._take(4)
+        third = own._take(4)
+        for block in (large, another, third):
+            own.give(block)
+        del large, another, third, block
+        assert own.idle() <= 8 * pages.PAGE
+    del taken

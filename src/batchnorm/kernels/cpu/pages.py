@@ -147,12 +147,13 @@ class Pool:
         return sum(list(self._mapped.values())) - self.idle()
 
     def _drop_longest_idle(self) -> None:
-        # Another thread may empty a queue at any moment.
-        oldest = None
+        # Queues may be empty, and another thread may empty one at any moment.
+        oldest, least = None, 0
         for queue in list(self._idle.values()):
             with suppress(IndexError):
-                if oldest is None or queue[0].idle_since < oldest[0].idle_since:
-                    oldest = queue
+                since = queue[0].idle_since
+                if oldest is None or since < least:
+                    oldest, least = queue, since
         with suppress(IndexError):
             if oldest is not None:
                 oldest.popleft()
