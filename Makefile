@@ -4,8 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-WORKERS ?= 2
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -25,10 +23,10 @@ demo: $(STAMP) ## train the paper's network with and without batch normalization
 	$(VENV)/bin/batchnorm reproduce --out demo
 
 test: $(STAMP) ## all tests but the slow ones, doctests included
-	$(PYTEST)
+	$(PY) -m pytest
 
 test-all: $(STAMP) ## all tests
-	$(PYTEST) -m "slow or not slow"
+	$(PY) -m pytest -m "slow or not slow"
 
 check: $(STAMP) ## lint, format, types, import directions
 	$(PY) -m ruff check .
