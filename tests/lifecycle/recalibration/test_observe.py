@@ -245,11 +245,20 @@ def test_modes_are_set_without_a_call_of_train_or_eval() -> None:
 def test_a_compiled_model_is_measured(order: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh(), bn.BatchNorm1d(3)).double()
     plain = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="eager")
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
     x = torch.randn(20, 3, dtype=torch.float64)
     with torch.no_grad():
         compiled.eval()(x)
+    before = len(graphs)
+    assert before > 0
     bn.recalibrate(compiled, x.split(6), order=order)
+    assert len(graphs) == before  # nothing of the observation is compiled into the user's graphs
     bn.recalibrate(plain, x.split(6), order=order)
     assert all(torch.equal(t, plain.state_dict()[k]) for k, t in model.state_dict().items())
     # What was compiled before goes on afterwards, with the new statistics.
