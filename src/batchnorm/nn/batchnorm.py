@@ -74,7 +74,8 @@ class BatchNorm(_BatchNorm):
     changes nothing, not even the counter.
 
     Tools that read a layer's attributes and build another one from them know torch's arguments only.
-    ``SyncBatchNorm.convert_sync_batchnorm`` raises where there are extras (``batchnorm.revert`` the model first).
+    ``SyncBatchNorm.convert_sync_batchnorm`` raises if there are extras (``batchnorm.convert`` with a process group
+    keeps them).
     ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation``
     and the other extras are lost without a word. Use ``batchnorm.fold``, or layers without extras.
 
@@ -197,7 +198,8 @@ class BatchNorm(_BatchNorm):
         over = None
         if self._ranks is not None and training:
             if torch.compiler.is_compiling():
-                y: Tensor = _uncompiled(self, input, residual, mask, sample_weight)
+                # Made here: importing the compiler takes seconds.
+                y: Tensor = torch.compiler.disable(self._normalize)(input, residual, mask, sample_weight)
                 return y
             over = exchange(self, self._ranks, input, mask, sample_weight)
         whole = over is None
@@ -372,16 +374,6 @@ def be_a_leaf(module: nn.Module) -> None:
     """
     if type(module).__module__.startswith("batchnorm."):
         module.__module__ = "torch.nn"
-
-
-def _normalized(
-    layer: BatchNorm, input: Tensor, residual: Tensor | None, mask: Tensor | None, sample_weight: Tensor | None
-) -> Tensor:
-    return layer._normalize(input, residual, mask, sample_weight)
-
-
-_uncompiled = torch.compiler.disable(_normalized)
-"""Training over several ranks ends the compiler's graph: the layer runs between two graphs, in eager mode."""
 
 
 def _one_of(function: str, name: str, value: str, known: tuple[str, ...]) -> None:
