@@ -11,11 +11,14 @@ to be of use: exporters and their runtimes, quantization, mkldnn tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.seams import Reducer
 from batchnorm.moments import Moments, counted, statistics_dtype
 
 
@@ -30,12 +33,14 @@ def normalized(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    reducer: Reducer | None = None,
+    correct: Callable[[Moments], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """y = activation((x − mean)/√(var + eps)·weight + bias + residual), and the batch's moments.
 
     ``population`` holds mean and variance that do not depend on x (inference; no moments then). Without it those of
-    the batch are used and differentiated. y is not rounded to x's dtype, so that neither is what flows back through
-    it; each gradient is, once.
+    the batch are used and differentiated; ``reducer`` and ``correct`` are the seams of ``kernels.seams``. y is not
+    rounded to x's dtype, so that neither is what flows back through it; each gradient is, once.
     """
     wide = statistics_dtype(x.device)
     shape = (1, -1, *(1,) * (x.dim() - 2))
@@ -48,10 +53,14 @@ def normalized(
     found = None
     if population is None:
         found = _moments(x, counted(mask, sample_weight))
+        found = found if reducer is None else reducer.moments(found)
         mean, var = found.mean, found.variance()
     else:
         mean, var = population
     z = (x - mean.to(wide).view(shape)) * torch.rsqrt(var.to(wide) + eps).view(shape)
+    if found is not None and correct is not None:
+        r, d = correct(found.detach())
+        z = z * r.to(wide).view(shape) + d.to(wide).view(shape)
     if weight is not None:
         z = z * weight.to(wide).view(shape)
     if bias is not None:
