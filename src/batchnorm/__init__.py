@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from batchnorm.lifecycle.convert import convert, revert
     from batchnorm.lifecycle.domains import domains, keep_domain, use_domain
     from batchnorm.lifecycle.folding.fold import fold
+    from batchnorm.lifecycle.freeze import freeze, unfreeze
     from batchnorm.lifecycle.recalibrate import recalibrate
     from batchnorm.lifecycle.updates import accumulate_statistics, defer_updates
 
@@ -51,10 +52,12 @@ __all__ = [
     "domains",
     "explain",
     "fold",
+    "freeze",
     "functional",
     "keep_domain",
     "recalibrate",
     "revert",
+    "unfreeze",
     "use_backend",
     "use_domain",
     "warmup",
@@ -68,6 +71,8 @@ _ON_FIRST_USE = {
     "recalibrate": "batchnorm.lifecycle.recalibrate",
     "accumulate_statistics": "batchnorm.lifecycle.updates",
     "defer_updates": "batchnorm.lifecycle.updates",
+    "freeze": "batchnorm.lifecycle.freeze",
+    "unfreeze": "batchnorm.lifecycle.freeze",
     "domains": "batchnorm.lifecycle.domains",
     "keep_domain": "batchnorm.lifecycle.domains",
     "use_domain": "batchnorm.lifecycle.domains",

@@ -18,8 +18,8 @@ from batchnorm.nn.followers import followers
 Model = TypeVar("Model", bound=nn.Module)
 
 _lock = threading.Lock()
-_users: WeakKeyDictionary[BatchNorm, list[str]] = WeakKeyDictionary()
-"""Who has chosen a layer's domain, outermost first: threads, or a function during which it must not change."""
+_users: WeakKeyDictionary[BatchNorm, list[tuple[int, str]]] = WeakKeyDictionary()
+"""Who holds a layer's domain, outermost first: the thread, and the function that it is in."""
 
 
 def domains(model: Model, names: Sequence[str]) -> Model:
@@ -133,8 +133,7 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
     (0, 1)
     """
     layers = _with_domain("use_domain", model, name)
-    me = f"thread {threading.get_ident()}"
-    with held("use_domain", layers, me):
+    with held("use_domain", layers):
         before = {layer: layer._domain for layer in layers}
         try:
             for layer in layers:
@@ -147,23 +146,26 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def held(function: str, layers: Sequence[BatchNorm], user: str) -> Iterator[None]:
-    """A block in which nobody but ``user`` may choose a domain of these layers."""
+def held(user: str, layers: Sequence[BatchNorm]) -> Iterator[None]:
+    """A block in which no other thread may choose a domain of these layers, nor anyone under "recalibrate"."""
+    me = (threading.get_ident(), user)
     with _lock:
-        others = {users[-1] for layer in layers if (users := _users.get(layer)) and users[-1] != user}
-        if others:
-            todo = "Give each thread a copy of the model, and choose the domain around recalibrate, not inside."
-            raise StateError(
-                expected(function, "a model whose domain nobody else has chosen", f"one held by {others.pop()}", todo)
-            )
         for layer in layers:
-            _users.setdefault(layer, []).append(user)
+            thread, other = _users.get(layer, [me])[-1]
+            if thread != me[0] or (other == "recalibrate" and user == "use_domain"):
+                got = f"one in the {other} of another thread" if thread != me[0] else f"one inside {other}"
+                todo = "Choose it around recalibrate, and give each thread a copy of the model."
+                raise StateError(expected(user, "a model whose domain nobody else holds", got, todo))
+        for layer in layers:
+            _users.setdefault(layer, []).append(me)
     try:
         yield
     finally:
         with _lock:
             for layer in layers:
                 _users[layer].pop()
+                if not _users[layer]:
+                    del _users[layer]
 
 
 def _with_domain(function: str, model: nn.Module, name: str) -> list[BatchNorm]:

@@ -20,6 +20,7 @@ from batchnorm.kernels.activations import activation as activation_by_name
 from batchnorm.kernels.contract import Running
 from batchnorm.nn.domains import bring_home
 from batchnorm.nn.foreign import Absent
+from batchnorm.nn.frozen import has_frozen_statistics
 from batchnorm.nn.running import Accumulated, Guarded, Stage, at_least_float32, destination
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -258,6 +259,8 @@ class BatchNorm(_BatchNorm):
             extras["nonfinite"] = self.nonfinite
         if self._domains:
             extras["domains"] = list(self._domains)
+        if has_frozen_statistics(self):
+            extras["frozen"] = True
         return extras
 
     qconfig = Absent()

@@ -108,9 +108,9 @@ class Accumulated:
         for mine, value in zip(self._tensors(), _tensors_of(self.moments.merge(batch.detach())), strict=True):
             mine.copy_(value)
 
-    def take(self, found: Moments) -> None:
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
         """Merge a batch."""
-        self.update(found)
+        self.update(found, where)
 
     def copy(self) -> Accumulated:
         """The same moments in tensors of their own."""
@@ -199,21 +199,22 @@ class Guarded:
         """The statistics that the batch is for."""
         return self.into.running if isinstance(self.into, Accumulated) else self.into
 
-    def take(self, found: Moments) -> None:
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
         """Follow the batch if it is finite, else leave everything as it is or raise."""
         if self.policy == "skip":
             if self.into is not None:
-                self.into.update(found, where=finite_channels(found, self.running).all())
+                finite = finite_channels(found, self.running).all()
+                self.into.update(found, where=finite if where is None else finite & where)
             return
         bad = self._nonfinite(found)
         if bad:
             running = self.running
             batches = None if running is None else running.batches
             path, kind = path_of(self.layer), type(self.layer).__name__
-            where = f"{path} ({kind})" if path else kind
-            raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
+            name = f"{path} ({kind})" if path else kind
+            raise_nonfinite(name, bad, None if batches is None else int(batches) + 1)
         if self.into is not None:
-            self.into.update(found)
+            self.into.update(found, where)
 
     def _nonfinite(self, found: Moments) -> list[int]:
         if found.mean.is_meta:
