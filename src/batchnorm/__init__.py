@@ -23,6 +23,7 @@ from batchnorm.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    mask_from_lengths,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "fold",
     "functional",
+    "mask_from_lengths",
     "recalibrate",
     "revert",
     "use_backend",

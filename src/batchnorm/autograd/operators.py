@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.kernels import eager, layout
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.contract import Kernel, Needs, kept
+from batchnorm.kernels.contract import Kernel, Needs, count_of, kept
 from batchnorm.moments import statistics_dtype
 
 
@@ -36,9 +36,14 @@ def train(
     """y, and the batch's mean and biased variance, (2, channels)."""
     act = Activation(activation, negative_slope)
     kernel = _kernel(x, weight, bias, residual, activation=act, mask=mask, sample_weight=sample_weight)
-    return kernel.forward(
+    y, stats = kernel.forward(
         x, weight, bias, eps, residual=residual, activation=act, mask=mask, sample_weight=sample_weight
     )
+    count = count_of(x, mask, sample_weight)
+    if isinstance(count, Tensor):
+        # The mask's values were not checked: a channel may have none, and its variance would be 0/0.
+        stats = torch.where(count > 0, stats, 0.0)
+    return y, stats
 
 
 @train.register_fake

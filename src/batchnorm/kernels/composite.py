@@ -1,12 +1,12 @@
-"""Batch normalization in ordinary PyTorch operations, for tensors and callers that no kernel may serve.
+"""Batch normalization in ordinary PyTorch operations, for tensors and callers that no kernel can serve.
 
-Every tool of PyTorch can look into these functions: no address is taken, no branch depends on a value, nothing is
-written but the running statistics. Autograd, forward-mode differentiation, function transforms, dispatch modes and
-wrapper subclasses do with them what they do with any operations, to any order of derivative.
+Every PyTorch tool can trace these functions: they take no address, branch on no value, and write nothing but the
+running statistics. Autograd, forward-mode differentiation, function transforms, dispatch modes and wrapper subclasses
+handle them like any other operations, to any order of derivative.
 
-``normalized`` is the formula, computed in float64 where the device has it. ``standard`` is
-``torch.nn.functional.batch_norm`` and the activation after it, for tools that have to recognize batch normalization
-to be of use: exporters and their runtimes, quantization, mkldnn tensors.
+``normalized`` is the formula, computed in float64 where the device supports it. ``standard`` is
+``torch.nn.functional.batch_norm`` followed by the activation, for tools that must recognize batch normalization:
+exporters and their runtimes, quantization, mkldnn tensors.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ def normalized(
 ) -> tuple[Tensor, Moments | None]:
     """y = activation((x − mean)/√(var + eps)·weight + bias + residual), and the batch's moments.
 
-    ``population`` holds mean and variance that do not depend on x (inference; no moments then). Without it those of
-    the batch are used and differentiated. y is not rounded to x's dtype, so that neither is what flows back through
-    it; each gradient is, once.
+    ``population`` is the mean and variance of inference, which do not depend on x; then no moments are returned.
+    Without it the batch's are used, and differentiated. y is not rounded to x's dtype, so neither is the gradient that
+    flows back through it; each result is rounded once.
     """
     wide = statistics_dtype(x.device)
     shape = (1, -1, *(1,) * (x.dim() - 2))
     x = x.to(wide)
     residual = None if residual is None else residual.to(wide)
     if mask is not None:
-        # Before anything is computed from it: the derivative of what is absent must be 0, not NaN times 0.
+        # First of all: an absent value must have the derivative 0, not NaN times 0.
         x = _present(x, mask)
         residual = None if residual is None else _present(residual, mask)
     found = None
     if population is None:
         found = _moments(x, counted(mask, sample_weight))
-        mean, var = found.mean, found.variance()
+        # Not ``found.variance()``: NaN of a channel without values would reach the gradients of the others' weight.
+        mean, var = found.mean, found.m2 / _at_least_one(found.count)
     else:
         mean, var = population
     z = (x - mean.to(wide).view(shape)) * torch.rsqrt(var.to(wide) + eps).view(shape)
@@ -77,7 +78,7 @@ def standard(
 ) -> Tensor:
     """``torch.nn.functional.batch_norm``, the addition and the activation; mean and var follow in training."""
     if mean is not None and x.dtype.itemsize == 2 and mean.dtype != x.dtype:
-        # PyTorch takes parameters in the dtype of the statistics beside a 16-bit input, and in no other.
+        # With a 16-bit input PyTorch accepts parameters only in the dtype of the statistics.
         weight = None if weight is None else weight.to(mean.dtype)
         bias = None if bias is None else bias.to(mean.dtype)
     if weight is not None and not weight.is_contiguous():
@@ -94,16 +95,20 @@ def _moments(x: Tensor, weight: Tensor | None) -> Moments:
     if weight is None:
         # Not new_full, which refuses symbolic numbers.
         count = x.new_ones(x.shape[1]) * (x.numel() / max(1, x.shape[1]))
-        safe = count
     else:
         weight = weight.to(x.dtype).expand(x.shape)
         count = weight.sum(others)
-        safe = torch.where(count > 0, count, torch.ones_like(count))
+    safe = _at_least_one(count)
     mean = _weighted(x, weight).sum(others) / safe
-    # Once more about itself: the sum's rounding goes, and a constant channel has exactly its value as the mean.
+    # A second pass about the mean removes the rounding of the sum; a constant channel gets exactly its value.
     rest = _weighted(x - mean.view(shape), weight).sum(others) / safe
     mean = mean + torch.where(torch.isfinite(rest), rest, torch.zeros_like(rest))
     return Moments(count, mean, _weighted((x - mean.view(shape)).square(), weight).sum(others))
+
+
+def _at_least_one(count: Tensor) -> Tensor:
+    """``count`` as a divisor: 1 where there are no values."""
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.modules import batchnorm as torch_layers
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
-from batchnorm.checks import EVERYWHERE, check, check_places, check_residual
+from batchnorm.checks import EVERYWHERE, check, check_places, check_residual, has_too_few
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.functional import Batch, Population
 from batchnorm.kernels.activations import Activation
@@ -54,7 +54,10 @@ class BatchNorm(_BatchNorm):
         negative_slope: of "leaky_relu"
         too_few: what training does with a batch of one value a channel, which has no variance. "raise":
             torch's error. "running": that batch is normalized with the running statistics, as in eval
-            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.)
+            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.) What counts are the
+            values that mask and sample_weight leave. Counting them reads one number, which under torch.compile
+            ends the graph with "running"; with "raise" nothing is read there, and such a batch leaves the
+            running statistics as they are
         nonfinite: what the running statistics do with a batch that holds an Inf or NaN. "propagate":
             follow it, as torch does, and stay NaN. "skip": it leaves statistics and counter as they were;
             its output is what it is. "raise": an error that names layer, channels and batch, with nothing
@@ -167,9 +170,10 @@ class BatchNorm(_BatchNorm):
         training, eps = self.training, self.eps
         by_batch = training or (mean is None and var is None)
         followed = training and self.track_running_stats
-        if by_batch and self.too_few == "running" and self._has_too_few(input) and mean is not None:
-            by_batch = followed = False
         name = type(self).__name__
+        if by_batch and self.too_few == "running" and mean is not None:
+            if has_too_few(name, input, mask, sample_weight):
+                by_batch = followed = False
         read = followed or not by_batch
         check(name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch)
         places = EVERYWHERE
@@ -188,9 +192,6 @@ class BatchNorm(_BatchNorm):
                 running = following(mean, var, self.momentum, batches)
             statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
         return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
-
-    def _has_too_few(self, input: Tensor) -> bool:
-        return input.dim() > 1 and input.numel() <= input.shape[1]
 
     def _scripted(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, sample_weight: Tensor | None
