@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import kernels
-from batchnorm.autograd import Call, differentiated, operators
+from batchnorm.autograd import Call, differentiated, operators, phases
 from batchnorm.checks import EVERYWHERE, Places, check, check_out, check_places, check_residual
 from batchnorm.errors import AutogradError, expected
 from batchnorm.kernels import composite, layout
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
 from batchnorm.kernels.contract import Kernel, Running, count_of, moments_from
+from batchnorm.kernels.seams import PLAIN, Seams
 from batchnorm.moments import Moments
 
 
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     """The statistics of training: those of the batch. ``Running`` follows them inside the kernel."""
 
     sink: Running | Sink | None = None
+    seams: Seams = PLAIN
 
 
 def batch_norm(
@@ -161,7 +163,9 @@ def run(
 ) -> Tensor:
     """``batch_norm`` on arguments that were checked."""
     if torch.compiler.is_compiling():
-        if _is_exporting() or type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+        seams = PLAIN if isinstance(statistics, Population) else statistics.seams
+        in_sight = _is_exporting() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+        if in_sight or seams is not PLAIN:
             return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
         return _by_operators(x, weight, bias, eps, statistics, activation, residual, places, out)
     mask, sample_weight = places
@@ -178,27 +182,36 @@ def run(
             )  # fmt: skip
         return _inferred(kernel, x, weight, bias, eps, mean, var, activation, residual, mask, out)
 
-    sink = statistics.sink
-    fused = sink if isinstance(sink, Running) else None
-    running = fused if fused is not None or sink is None else sink.running  # type: ignore[union-attr]
+    sink, seams = statistics
+    fused = sink if isinstance(sink, Running) and seams is PLAIN else None
+    running = sink if isinstance(sink, Running) or sink is None else sink.running
     written = () if running is None else (running.mean, running.var, running.batches)
     kernel = kernels.choose(
         x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight
     )
     if kernel is None:
         return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
+    found = None
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, sample_weight):
-        call = Call(kernel, eps, activation, mask, None, fused)
+        call = Call(kernel, eps, activation, mask, None, fused, seams)
         y = differentiated(x, weight, bias, residual, sample_weight, call)
-        stats = call.stats
-    else:
+        stats, found = call.stats, call.found
+    elif seams is PLAIN:
         y, stats = kernel.forward(
             x, weight, bias, eps, residual=residual, activation=activation, mask=mask, sample_weight=sample_weight,
             running=fused,
         )  # fmt: skip
-    if sink is not None and not isinstance(sink, Running):
-        assert stats is not None
-        sink.take(moments_from(stats, count_of(x, mask, sample_weight)))
+    else:
+        stats = None
+        y, found, _ = phases.forward(
+            kernel, x, weight, bias, eps, seams, residual=residual, activation=activation, mask=mask,
+            sample_weight=sample_weight,
+        )  # fmt: skip
+    if sink is not None and sink is not fused:
+        if found is None:
+            assert stats is not None
+            found = moments_from(stats, count_of(x, mask, sample_weight))
+        _give(sink, found)
     return y
 
 
@@ -242,12 +255,14 @@ def _composite(
     """``run`` in ordinary operations."""
     sink = None if isinstance(statistics, Population) else statistics.sink
     population = statistics if isinstance(statistics, Population) else None
-    if _has_to_be_recognized(x) and places == EVERYWHERE and (sink is None or _follows_plainly(sink)):
+    seams = PLAIN if isinstance(statistics, Population) else statistics.seams
+    plainly = places == EVERYWHERE and seams is PLAIN and (sink is None or _follows_plainly(sink))
+    if plainly and _has_to_be_recognized(x):
         y = _standard(x, weight, bias, eps, population, sink, activation, residual)
         return y if out is None else out.copy_(y)
     wide, found = composite.normalized(
         x, weight, bias, eps, population=population, residual=residual, activation=activation, mask=places.mask,
-        sample_weight=places.sample_weight,
+        sample_weight=places.sample_weight, reducer=seams.reducer, correct=seams.correct,
     )  # fmt: skip
     y = wide.to(x.dtype)
     if out is not None:

@@ -11,11 +11,14 @@ exporters and their runtimes, quantization, mkldnn tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.kernels.activations import IDENTITY, Activation
+from batchnorm.kernels.seams import Reducer
 from batchnorm.moments import Moments, counted, statistics_dtype
 
 
@@ -30,12 +33,15 @@ def normalized(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    reducer: Reducer | None = None,
+    correct: Callable[[Moments], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """y = activation((x − mean)/√(var + eps)·weight + bias + residual), and the batch's moments.
 
     ``population`` is the mean and variance of inference, which do not depend on x; then no moments are returned.
-    Without it the batch's are used, and differentiated. y is not rounded to x's dtype, so neither is the gradient that
-    flows back through it; each result is rounded once.
+    Without it the batch's are used, and differentiated; ``reducer`` and ``correct`` are the seams of
+    ``kernels.seams``. y is not rounded to x's dtype, so neither is the gradient that flows back through it; each result
+    is rounded once.
     """
     wide = statistics_dtype(x.device)
     shape = (1, -1, *(1,) * (x.dim() - 2))
@@ -48,11 +54,15 @@ def normalized(
     found = None
     if population is None:
         found = _moments(x, counted(mask, sample_weight))
+        found = found if reducer is None else reducer.moments(found)
         # Not ``found.variance()``: NaN of a channel without values would reach the gradients of the others' weight.
         mean, var = found.mean, found.m2 / _at_least_one(found.count)
     else:
         mean, var = population
     z = (x - mean.to(wide).view(shape)) * torch.rsqrt(var.to(wide) + eps).view(shape)
+    if found is not None and correct is not None:
+        r, d = correct(found.detach())
+        z = z * r.to(wide).view(shape) + d.to(wide).view(shape)
     if weight is not None:
         z = z * weight.to(wide).view(shape)
     if bias is not None:
