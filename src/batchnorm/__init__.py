@@ -23,6 +23,7 @@ from batchnorm.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    Renorm,
     mask_from_lengths,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "Renorm",
     "convert",
     "explain",
     "fold",

@@ -16,7 +16,7 @@ from batchnorm.moments import Moments, broadcast_weights, combine_weights
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 PARAMETERS = {(x, p) for x in FLOATING for p in FLOATING if p == x or (p == torch.float32 and x.itemsize == 2)}
-"""(input dtype, parameter dtype) pairs that may be combined: equal dtypes, or float32 parameters with a 16-bit input."""
+"""(input dtype, parameter dtype) pairs that may be combined: equal ones, or float32 parameters with a 16-bit input."""
 
 STATISTICS = {
     (x, mean, var) for x, mean, var in product(FLOATING, repeat=3) if x != torch.float64 or mean == var == torch.float64
@@ -195,29 +195,6 @@ def check_present(function: str, count: Tensor | float) -> None:
         todo = "Leave such a batch out, or give it more present values."
         invariant = "more than 1 present value per channel when training (the sum of the weights)"
         raise ArgumentError(expected(function, invariant, f"{found:g}", todo))
-
-
-def has_too_few(function: str, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> bool:
-    """True if a channel has one value or less, after masking: the question of ``too_few="running"``.
-
-    Reads a value where there is a mask or a weight; under torch.compile that ends the graph.
-    """
-    if x.dim() < 2:
-        return False
-    if x.numel() <= x.shape[1]:
-        return True
-    if mask is None and sample_weight is None:
-        return False
-    count = count_of(x, *check_places(function, x, mask, sample_weight, by_batch=False))
-    if isinstance(count, Tensor) and count.is_meta:
-        return False
-    try:
-        return least(count) <= 1
-    except RuntimeError as error:
-        invariant = 'a call in which too_few="running" can count the present values'
-        got = plain.why_not(input=x, mask=mask, sample_weight=sample_weight)
-        todo = 'Use too_few="raise" there, which reads no values.'
-        raise AutogradError(expected(function, invariant, got, todo)) from error
 
 
 def check_residual(function: str, x: Tensor, residual: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from batchnorm.nn.frozen import FrozenBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.nn.linear import BatchNormLinear
 from batchnorm.nn.masks import mask_from_lengths
+from batchnorm.nn.renorm import Renorm
 
 __all__ = [
     "BatchNorm",
@@ -16,5 +17,6 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Renorm",
     "mask_from_lengths",
 ]

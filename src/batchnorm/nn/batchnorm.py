@@ -12,12 +12,17 @@ from torch.nn.modules import batchnorm as torch_layers
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
-from batchnorm.checks import EVERYWHERE, check, check_places, check_residual, has_too_few
+from batchnorm.checks import EVERYWHERE, Places, check, check_places, check_residual
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.functional import Batch, Population
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.kernels.contract import Running
+from batchnorm.kernels.seams import PLAIN, Seams
+from batchnorm.nn.counting import check_size, groups_of, has_too_few
 from batchnorm.nn.foreign import Absent
+from batchnorm.nn.options import check_options
+from batchnorm.nn.renorm import Renorm, add_steps, fill_in_steps
 from batchnorm.nn.running import Guarded, at_least_float32, following
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -62,6 +67,11 @@ class BatchNorm(_BatchNorm):
             follow it, as torch does, and stay NaN. "skip": it leaves statistics and counter as they were;
             its output is what it is. "raise": an error that names layer, channels and batch, with nothing
             changed. Both cost a look at the batch's statistics, on a GPU a synchronization
+        virtual_batch_size: in training, normalize every so many consecutive samples by their own statistics
+            (ghost batches, Hoffer et al. 2017). A remainder is a group of its own if it has at least two values
+            a channel, else it joins the last group. The running statistics follow once a forward, by the merged
+            moments of all groups: they are those of the layer without virtual batches
+        renorm: ``batchnorm.Renorm``, batch renormalization
 
     Running statistics stay float32 when the model is cast to half precision. A batch without values
     changes nothing, not even the counter.
@@ -89,6 +99,8 @@ class BatchNorm(_BatchNorm):
 
     __jit_unused_properties__ = ["activation", "negative_slope"]
 
+    renorm_steps: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -104,18 +116,30 @@ class BatchNorm(_BatchNorm):
         negative_slope: float = 0.01,
         too_few: TooFew = "raise",
         nonfinite: NonFinite = "propagate",
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
     ) -> None:
         name = type(self).__name__
         _one_of(name, "too_few", too_few, get_args(TooFew))
         _one_of(name, "nonfinite", nonfinite, get_args(NonFinite))
-        if too_few == "running" and not track_running_stats:
-            todo = 'Track them, or leave too_few="raise".'
-            raise ArgumentError(expected(name, 'running statistics for too_few="running"', "none tracked", todo))
+        check_size(name, virtual_batch_size)
+        on = {
+            'too_few="running"': too_few == "running",
+            "track_running_stats=False": not track_running_stats,
+            "virtual_batch_size": virtual_batch_size is not None,
+            "renorm": renorm is not None,
+        }
+        check_options(name, [option for option, is_on in on.items() if is_on])
         act = activation_by_name(activation, negative_slope)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._set_activation(act)
         self.too_few: TooFew = too_few
         self.nonfinite: NonFinite = nonfinite
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
+        self._scriptable = virtual_batch_size is None and renorm is None
+        if renorm is not None:
+            add_steps(self, device)
         be_a_leaf(self)
         self._widen(self._buffers.copy())
 
@@ -171,9 +195,9 @@ class BatchNorm(_BatchNorm):
         by_batch = training or (mean is None and var is None)
         followed = training and self.track_running_stats
         name = type(self).__name__
-        if by_batch and self.too_few == "running" and mean is not None:
-            if has_too_few(name, input, mask, sample_weight):
-                by_batch = followed = False
+        careful = by_batch and self.too_few == "running" and mean is not None
+        if careful and has_too_few(name, input, mask, sample_weight, self.virtual_batch_size):
+            by_batch = followed = False
         read = followed or not by_batch
         check(name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch)
         places = EVERYWHERE
@@ -190,8 +214,28 @@ class BatchNorm(_BatchNorm):
             values: object = input.numel()
             if followed and (type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
                 running = following(mean, var, self.momentum, batches)
-            statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
+            sink = running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite)
+            if self.renorm is not None or self.virtual_batch_size is not None:
+                return self._through_seams(input, weight, bias, mean, var, sink, residual, places)
+            statistics = Batch(sink)
         return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
+
+    def _through_seams(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+        sink: Running | Guarded | None, residual: Tensor | None, places: Places,
+    ) -> Tensor:  # fmt: skip
+        """Normalize by the batch with virtual batches or renormalization."""
+        groups = correct = None
+        if self.virtual_batch_size is not None and self.training:
+            groups = groups_of(type(self).__name__, input, self.virtual_batch_size, places)
+        if self.renorm is not None and self.training:
+            assert mean is not None and var is not None
+            correct = self.renorm.correction(mean, var, self.eps, self.renorm_steps)
+        statistics = Batch(sink, Seams(None, correct, groups) if correct is not None or groups is not None else PLAIN)
+        y = functional.run(input, weight, bias, self.eps, statistics, self._activation, residual, places)
+        if self.renorm is not None and sink is not None:
+            self.renorm_steps.add_(1)
+        return y
 
     def _scripted(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, sample_weight: Tensor | None
@@ -201,6 +245,8 @@ class BatchNorm(_BatchNorm):
             raise RuntimeError("batchnorm: TorchScript takes no mask or sample_weight. Call the layer outside of it.")
         if self.nonfinite != "propagate" or self.too_few != "raise":
             raise RuntimeError("batchnorm: TorchScript serves nonfinite='propagate' and too_few='raise' only.")
+        if self.training and not self._scriptable:
+            raise RuntimeError("batchnorm: TorchScript has no virtual_batch_size and renorm. Call eval() first.")
         self._check_input_dim(input)
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         follow = self.training and self.track_running_stats
@@ -250,7 +296,17 @@ class BatchNorm(_BatchNorm):
             extras["too_few"] = self.too_few
         if self.nonfinite != "propagate":
             extras["nonfinite"] = self.nonfinite
+        if self.virtual_batch_size is not None:
+            extras["virtual_batch_size"] = self.virtual_batch_size
+        if self.renorm is not None:
+            extras["renorm"] = self.renorm
         return extras
+
+    def reset_running_stats(self) -> None:
+        """Running statistics of 0 and 1, no batch counted; the warm-up of ``renorm`` begins again."""
+        super().reset_running_stats()
+        if "renorm_steps" in self._buffers:
+            self.renorm_steps.zero_()
 
     qconfig = Absent()
     parametrizations = Absent()
@@ -265,8 +321,9 @@ class BatchNorm(_BatchNorm):
         self._widen(before)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        fill_in_steps(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # assign=True hands over the checkpoint's own tensors, which may be bfloat16.
         self._widen(self._buffers.copy())
 

@@ -33,7 +33,8 @@ def mask_from_lengths(lengths: Tensor | Sequence[int], size: int | None = None) 
     tensor([[ True,  True,  True, False],
             [ True, False, False, False]])
     """
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         todo = "Convert them first, e.g. lengths.long()."
         raise DtypeError(expected("mask_from_lengths", "integer lengths", lengths.dtype, todo))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinite
 from batchnorm.errors import AutogradError, expected
 from batchnorm.kernels import plain
-from batchnorm.kernels.contract import Running
+from batchnorm.kernels.contract import Running, enough
 from batchnorm.moments import Moments
 from batchnorm.nn.naming import path_of
 
@@ -46,10 +46,13 @@ class Guarded:
     policy: Literal["raise", "skip"]
 
     def take(self, found: Moments) -> None:
-        """Follow the batch if it is finite, else leave everything as it is or raise."""
+        """Follow the batch if it is finite, else leave everything as it is or raise.
+
+        A batch whose mask left too few values, which was not checked under a compiler, is not followed either.
+        """
         if self.policy == "skip":
             if self.running is not None:
-                self.running.update(found, where=finite_channels(found, self.running).all())
+                self.running.update(found, where=finite_channels(found, self.running).all() & enough(found))
             return
         bad = self._nonfinite(found)
         if bad:
@@ -58,7 +61,7 @@ class Guarded:
             where = f"{path} ({kind})" if path else kind
             raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
         if self.running is not None:
-            self.running.update(found)
+            self.running.update(found, where=enough(found))
 
     def _nonfinite(self, found: Moments) -> list[int]:
         if found.mean.is_meta:
