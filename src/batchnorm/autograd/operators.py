@@ -134,6 +134,36 @@ def _(
     )
 
 
+def correction(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    r_max: Tensor,
+    d_max: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """r and d of batch renormalization (``nn.renorm``), from mean and biased variance; without a derivative."""
+    wide = mean.dtype
+    std = torch.sqrt(running_var.to(wide) + eps)
+    r = torch.sqrt(var + eps) / std
+    d = (mean - running_mean.to(wide)) / std
+    return torch.minimum(torch.maximum(r, 1 / r_max), r_max), torch.minimum(torch.maximum(d, -d_max), d_max)
+
+
+recorded_correction = torch.library.custom_op("batchnorm::correction", mutates_args=())(correction)
+"""The same as one operator.
+
+A compiler computes ordinary operations again in backward where that saves memory. There it would read running
+statistics that forward has moved since.
+"""
+
+
+@recorded_correction.register_fake
+def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
 def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, residual, mask, sample_weight, *options = inputs
     y, stats = output

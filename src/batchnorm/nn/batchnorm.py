@@ -22,7 +22,7 @@ from batchnorm.kernels.seams import PLAIN, Seams
 from batchnorm.nn.counting import check_size, groups_of, has_too_few
 from batchnorm.nn.foreign import Absent
 from batchnorm.nn.options import check_options
-from batchnorm.nn.renorm import Renorm, add_steps, fill_in_steps
+from batchnorm.nn.renorm import Renorm, add_steps, fill_in_steps, steps_of
 from batchnorm.nn.running import Guarded, at_least_float32, following
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -98,8 +98,6 @@ class BatchNorm(_BatchNorm):
     """
 
     __jit_unused_properties__ = ["activation", "negative_slope"]
-
-    renorm_steps: Tensor
 
     def __init__(
         self,
@@ -230,11 +228,11 @@ class BatchNorm(_BatchNorm):
             groups = groups_of(type(self).__name__, input, self.virtual_batch_size, places)
         if self.renorm is not None and self.training:
             assert mean is not None and var is not None
-            correct = self.renorm.correction(mean, var, self.eps, self.renorm_steps)
+            correct = self.renorm.correction(mean, var, self.eps, steps_of(self))
         statistics = Batch(sink, Seams(None, correct, groups) if correct is not None or groups is not None else PLAIN)
         y = functional.run(input, weight, bias, self.eps, statistics, self._activation, residual, places)
         if self.renorm is not None and sink is not None:
-            self.renorm_steps.add_(1)
+            steps_of(self).add_(1)
         return y
 
     def _scripted(
@@ -306,7 +304,7 @@ class BatchNorm(_BatchNorm):
         """Running statistics of 0 and 1, no batch counted; the warm-up of ``renorm`` begins again."""
         super().reset_running_stats()
         if "renorm_steps" in self._buffers:
-            self.renorm_steps.zero_()
+            steps_of(self).zero_()
 
     qconfig = Absent()
     parametrizations = Absent()

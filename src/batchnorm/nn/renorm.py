@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchnorm.autograd import operators
 from batchnorm.checks import can_look
 from batchnorm.errors import ArgumentError, expected
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Renorm:
             r_max, d_max = self.limits(int(steps))
             return None if (r_max, d_max) == (1, 0) else Correction(mean, var, eps, r_max, d_max)
         # On another device a look would wait for it; under a compiler it would end the graph.
-        return Correction(mean, var, eps, *self._limit_tensors(steps, torch.float32))
+        return Correction(mean, var, eps, *self._limit_tensors(steps, statistics_dtype(steps.device)))
 
 
 class Correction(NamedTuple):
@@ -119,19 +120,23 @@ class Correction(NamedTuple):
     d_max: float | Tensor
 
     def __call__(self, batch: Moments) -> tuple[Tensor, Tensor]:
-        wide = batch.mean.dtype
-        mean, std = self.mean.to(wide), torch.sqrt(self.var.to(wide) + self.eps)
-        r = torch.sqrt(batch.variance() + self.eps) / std
-        d = (batch.mean - mean) / std
-        if isinstance(self.r_max, Tensor) or isinstance(self.d_max, Tensor):
-            r_max, d_max = (torch.as_tensor(limit).to(wide) for limit in (self.r_max, self.d_max))
-            return torch.minimum(torch.maximum(r, 1 / r_max), r_max), torch.minimum(torch.maximum(d, -d_max), d_max)
-        return r.clamp(1 / self.r_max, self.r_max), d.clamp(-self.d_max, self.d_max)
+        recorded = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        function = operators.recorded_correction if recorded else operators.correction
+        like = {"dtype": batch.mean.dtype, "device": batch.mean.device}
+        limits = (torch.as_tensor(limit, **like) for limit in (self.r_max, self.d_max))  # type: ignore[arg-type]
+        r, d = function(batch.mean, batch.variance(), self.mean, self.var, self.eps, *limits)
+        return r, d
 
 
 def add_steps(layer: nn.Module, device: torch.device | str | int | None) -> None:
     """The buffer that counts the layer's training forwards."""
     layer.register_buffer("renorm_steps", torch.zeros((), dtype=torch.int64, device=device))
+
+
+def steps_of(layer: nn.Module) -> Tensor:
+    """The count, int64 of shape ()."""
+    steps: Tensor = layer.renorm_steps  # type: ignore[assignment]
+    return steps
 
 
 def fill_in_steps(layer: nn.Module, state_dict: dict[str, object], prefix: str) -> None:
