@@ -44,6 +44,7 @@ def check(
     eps: float,
     *,
     by_batch: bool,
+    whole: bool = True,
 ) -> None:
     """Raise if the input cannot be normalized.
 
@@ -51,6 +52,7 @@ def check(
         function: the name used in our own messages
         mean, var: the running statistics that are read or updated, or None if neither happens
         by_batch: whether the batch's own statistics are used
+        whole: whether ``x`` is the whole batch; else its size is judged where the parts are merged
     """
     # The quick test runs on every call and is written for speed: True if every check in ``_check`` would pass.
     shape, dtype, device = x.shape, x.dtype, x.device
@@ -83,7 +85,7 @@ def check(
             )
         ):
             return
-    _check(function, x, weight, bias, mean, var, eps, by_batch)
+    _check(function, x, weight, bias, mean, var, eps, by_batch, whole)
 
 
 def _check(
@@ -95,9 +97,10 @@ def _check(
     var: Tensor | None,
     eps: float,
     by_batch: bool,
+    whole: bool,
 ) -> None:
     check_input(function, x)
-    if by_batch:
+    if by_batch and whole:
         check_batch_size(x)
     check_eps(eps, by_batch)
     check_statistics(function, x, mean, var, by_batch)

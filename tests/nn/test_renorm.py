@@ -292,5 +292,5 @@ def test_renorm_is_shown_and_not_lost() -> None:
     assert "has nothing for renorm=Renorm(r_max=2" in str(reports[0])
     scripted = torch.jit.script(layer.eval())
     assert torch.equal(scripted(data(torch.float32)[0]), layer(data(torch.float32)[0]))
-    with pytest.raises(Exception, match="TorchScript has no virtual_batch_size and renorm"):
+    with pytest.raises(Exception, match="TorchScript trains without process_group, renorm and virtual_batch_size"):
         scripted.train()(data(torch.float32)[0])

@@ -128,9 +128,14 @@ class Correction(NamedTuple):
         return r, d
 
 
-def add_steps(layer: nn.Module, device: torch.device | str | int | None) -> None:
-    """The buffer that counts the layer's training forwards."""
-    layer.register_buffer("renorm_steps", torch.zeros((), dtype=torch.int64, device=device))
+def place_steps(layer: nn.Module, renorm: Renorm | None) -> None:
+    """Give the layer the buffer that counts its training forwards; take it away without ``renorm``."""
+    if renorm is None:
+        layer._buffers.pop("renorm_steps", None)
+    elif "renorm_steps" not in layer._buffers:
+        beside = layer._buffers.get("running_mean")
+        device = None if beside is None else beside.device
+        layer.register_buffer("renorm_steps", torch.zeros((), dtype=torch.int64, device=device))
 
 
 def steps_of(layer: nn.Module) -> Tensor:
