@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm import functional, kernels
 from batchnorm.errors import ArgumentError
-from batchnorm.nn.distributed import Ranks
+from batchnorm.functional import Batch
+from batchnorm.kernels.activations import activation
+from batchnorm.kernels.seams import Seams
+from batchnorm.nn.distributed import Ranks, wire_of
 from tolerances import assert_close, to_float64
 
 OnRanks = Callable[..., list[Any]]
@@ -84,8 +88,13 @@ def given(case: Case, samples: int) -> Given:
     return Given(x, dy, residual if case.residual else None, mask, weights)
 
 
-def step(case: Case, use: Given, process_group: Any) -> dict[str, Tensor]:
-    """One training step's results; weight and bias are random."""
+def step(case: Case, use: Given, process_group: Any, backend: str = "eager") -> dict[str, Tensor]:
+    """One training step's results; weight and bias are not trivial."""
+    with bn.use_backend(backend):
+        return _step(case, use, process_group)
+
+
+def _step(case: Case, use: Given, process_group: Any) -> dict[str, Tensor]:
     layer = bn.BatchNorm(
         CHANNELS, momentum=case.momentum, activation=case.activation, dtype=case.dtype, process_group=process_group
     )
@@ -138,6 +147,44 @@ def test_ranks_give_what_one_process_gives_on_the_whole_batch(on_ranks: OnRanks,
                      scale=std)  # fmt: skip
         assert_close(got["running_var"], to_float64(right["running_var"]), dtype=case.dtype, quantity="running_var")
         assert int(got["counter"]) == 1
+
+
+KERNEL_CASES = (Case((4, 3), dtype=torch.float32), Case((5,), activation="relu", residual=True))
+
+
+def kernel_steps(sizes: tuple[int, ...], process_group: str | None) -> list[dict[str, Tensor]]:
+    rank = torch.distributed.get_rank() if process_group else 0
+    return [step(case, given(case, sum(sizes)).part(rank, sizes), process_group, "cpu") for case in KERNEL_CASES]
+
+
+class Itself:
+    """The reducer of one rank."""
+
+    moments = sums = staticmethod(lambda local: local)
+
+
+def compiled_kernels() -> None:
+    """The kernels of two phases, compiled once and for all ranks."""
+    for case in KERNEL_CASES:
+        use = given(case, 4)
+        x = use.x.requires_grad_()
+        act = activation(case.activation)
+        weight, bias = (torch.ones(CHANNELS, dtype=case.dtype, requires_grad=True) for _ in range(2))
+        with bn.use_backend("cpu"):
+            batch = Batch(None, Seams(Itself()))  # type: ignore[arg-type]
+            functional.run(x, weight, bias, 1e-5, batch, act, use.residual).backward(use.dy)
+
+
+@pytest.mark.skipif("cpu" not in kernels.BACKENDS, reason="no compiled kernels here")
+def test_the_compiled_kernels_do_the_same(on_ranks: OnRanks) -> None:
+    sizes = SIZES[3]
+    found = on_ranks(3, kernel_steps, sizes, "world", before=compiled_kernels)
+    for i, case in enumerate(KERNEL_CASES):
+        right = step(case, given(case, sum(sizes)), None)
+        for name in ("y", "dx"):
+            joined = torch.cat([each[i][name] for each in found])
+            assert_close(joined, to_float64(right[name]), dtype=case.dtype, quantity=name, what=str(case))
+        assert all(torch.equal(each[i]["running_var"], found[0][i]["running_var"]) for each in found)
 
 
 def random_cuts(seed: int) -> list[dict[str, Tensor]]:
@@ -218,34 +265,30 @@ def test_second_derivatives_are_those_of_the_whole_batch(on_ranks: OnRanks, rank
         assert_close(total, to_float64(right[name]), dtype="float64", quantity=name, scale=100.0)
 
 
-def second_order_by_differences() -> bool:
-    """``gradgradcheck`` of the exchange itself: each rank perturbs in turn, the others take part with the same calls."""
-    from batchnorm.nn.distributed import wire_of
-
+def adjoint() -> bool:
     rank = torch.distributed.get_rank()
     wire = wire_of("test", "world")
     assert wire is not None
+
+    def of_all(t: Tensor) -> Tensor:
+        every = [torch.empty_like(t) for _ in range(2)]
+        torch.distributed.all_gather(every, t.detach())
+        return torch.stack(every)
+
     torch.manual_seed(rank)
     local = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    gathered = wire.gather(local)
     weight = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    gathered = wire.gather(local)
+    assert torch.equal(gathered, of_all(local))
     (grad,) = torch.autograd.grad(gathered, local, weight, create_graph=True)
-    right = torch.distributed.new_group  # a group is not needed: the sum over ranks is known below
-    assert right is not None
-    sent = [torch.empty(2, 5, dtype=torch.float64) for _ in range(2)]
-    torch.distributed.all_gather(sent, weight.detach())
-    # Adjoint: what every rank's gradient says about this rank's row.
-    assert torch.equal(grad, sent[0][rank] + sent[1][rank])
+    assert torch.equal(grad, of_all(weight)[:, rank].sum(0))
     v = torch.randn(5, dtype=torch.float64)
     (back,) = torch.autograd.grad(grad, weight, v)
-    vs = [torch.empty(5, dtype=torch.float64) for _ in range(2)]
-    torch.distributed.all_gather(vs, v)
-    # And the adjoint of that is the gather again.
-    return bool(torch.equal(back, torch.stack(vs)))
+    return bool(torch.equal(back, of_all(v)))
 
 
 def test_the_gather_and_its_adjoint_are_adjoint_to_each_other(on_ranks: OnRanks) -> None:
-    assert on_ranks(2, second_order_by_differences) == [True, True]
+    assert on_ranks(2, adjoint) == [True, True]
 
 
 def collectives() -> list[tuple[str, int]]:
@@ -345,8 +388,8 @@ def nonfinite(policy: str) -> tuple[str, Tensor, int]:
 def test_an_inf_on_one_rank_is_an_inf_of_the_batch(on_ranks: OnRanks) -> None:
     for message, var, batches in on_ranks(2, nonfinite, "raise"):
         assert message == (
-            "BatchNorm1d: expected finite values, got Inf or NaN in channel 2 of batch 1. Look at the layers before it, "
-            'lower the learning rate, or drop such batches with nonfinite="skip".'
+            "BatchNorm1d: expected finite values, got Inf or NaN in channel 2 of batch 1. Look at the layers before "
+            'it, lower the learning rate, or drop such batches with nonfinite="skip".'
         )
         assert torch.equal(var, torch.ones(CHANNELS))
         assert batches == 0
@@ -396,12 +439,12 @@ def test_a_group_of_some_ranks_is_copied_pickled_and_missed(on_ranks: OnRanks) -
         "process_group=<process group '2' of ranks [2, 3]>)"
     )
     assert found[0]["error"] == (
-        "BatchNorm1d: expected a process_group of None, \"world\" or a ProcessGroup that this rank belongs to, got -100. "
+        'BatchNorm1d: expected a process_group of None, "world" or a ProcessGroup that this rank belongs to, got -100. '
         'torch.distributed.new_group returns one; "world" is the default group.'
     )
     assert found[0]["gone"] == (
-        "BatchNorm1d: expected the process group '1' of ranks [0, 1], which the layer was built with, got no such group "
-        "in this process. Create the group before the first forward, or set layer.process_group."
+        "BatchNorm1d: expected the process group '1' of ranks [0, 1], which the layer was built with, got no such "
+        "group in this process. Create the group before the first forward, or set layer.process_group."
     )
     # Here nothing is distributed: the layer is the plain one, and still knows its group by name.
     layer = pickle.loads(found[2]["pickle"])
