@@ -73,8 +73,9 @@ def recalibrate(
     the same bits on every rank. Nothing is exchanged during a forward, layers with a process group included: in joint
     order each rank normalizes by its own batch. If a rank fails, all ranks raise and none is changed.
 
-    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules reach them: ``lifecycle.recalibration.observe`` says how, and
-    what remains unseen. A layer that is used several times in a forward is shown every use.
+    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules
+    reach them: ``lifecycle.recalibration.observe`` says how, and what remains unseen. A layer that is used several
+    times in a forward is shown every use.
     ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and
     reported.
 
