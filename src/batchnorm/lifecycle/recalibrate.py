@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError, expected
+from batchnorm.lifecycle.domains import held
 from batchnorm.lifecycle.progress import OnProgress, shown
 from batchnorm.lifecycle.recalibration.collect import Estimator, Population
 from batchnorm.lifecycle.recalibration.gap import Gap
@@ -19,7 +20,9 @@ from batchnorm.lifecycle.recalibration.observe import BUFFERS, Observation
 from batchnorm.lifecycle.recalibration.passes import Forward, Found, Runner, joint, sequential
 from batchnorm.lifecycle.recalibration.ranks import Meetings
 from batchnorm.lifecycle.recalibration.report import LayerStatistics, Order, Recalibration, counted
+from batchnorm.nn import BatchNorm
 from batchnorm.nn.distributed import wire_of
+from batchnorm.nn.frozen import has_frozen_statistics
 
 if TYPE_CHECKING:
     from batchnorm.nn.distributed import GroupLike
@@ -70,8 +73,9 @@ def recalibrate(
     the same bits on every rank. Nothing is exchanged during a forward, layers with a process group included: in joint
     order each rank normalizes by its own batch. If a rank fails, all ranks raise and none is changed.
 
-    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules reach them: ``lifecycle.recalibration.observe`` says how, and
-    what remains unseen. A layer that is used several times in a forward is shown every use.
+    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules
+    reach them: ``lifecycle.recalibration.observe`` says how, and what remains unseen. A layer that is used several
+    times in a forward is shown every use.
     ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and
     reported.
 
@@ -124,7 +128,8 @@ def recalibrate(
     observation = Observation(model, layers)
     written: list[_Written] = []
     try:
-        with shown("recalibrate", progress) as update:
+        ours = [layer for layer in layers.values() if isinstance(layer, BatchNorm)]
+        with shown("recalibrate", progress) as update, held("recalibrate", ours):
             observation.begin()
             run = _default_forward if forward is None else forward
             runner = Runner(model, observation, run, estimator, update, meetings)
@@ -181,6 +186,8 @@ def _choose(model: nn.Module, skip_eval: bool) -> tuple[dict[str, _BatchNorm], d
         elif is_lazy(buffers["running_mean"]):
             got, todo = f"{name} ({kind}), which has seen no input", "Run the model once on a batch."
             raise ArgumentError(expected("recalibrate", "layers that know their channels", got, todo))
+        elif has_frozen_statistics(module):
+            left_alone[name] = "frozen by batchnorm.freeze"
         elif skip_eval and not module.training:
             left_alone[name] = "in eval mode (skip_eval=True)"
         else:
