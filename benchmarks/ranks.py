@@ -204,10 +204,11 @@ def one_by_one(parts: Moments) -> Moments:
 
 def in_a_tree(parts: Moments) -> Moments:
     count, mean, m2 = parts.count, parts.mean, parts.m2
-    while len(count) > 1:
-        pairs = [t.view(-1, 2, t.shape[1]) for t in (count, mean, m2)]
-        merged = [merge_stacked(*(t[i] for t in pairs)) for i in range(len(pairs[0]))]
-        count, mean, m2 = (torch.stack([getattr(each, name) for each in merged]) for name in ("count", "mean", "m2"))
+    channels = count.shape[1]
+    while len(count) > 1:  # all pairs of a level at once, as if they were channels
+        pairs = (t.view(-1, 2, channels).transpose(0, 1).reshape(2, -1) for t in (count, mean, m2))
+        merged = merge_stacked(*pairs)
+        count, mean, m2 = (t.view(-1, channels) for t in (merged.count, merged.mean, merged.m2))
     return Moments(count[0], mean[0], m2[0])
 
 
