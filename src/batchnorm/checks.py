@@ -25,7 +25,7 @@ STATISTICS = {
 
 
 class Places(NamedTuple):
-    """Which values count, and how often; both of the input's rank and broadcastable to it."""
+    """Which values count, and how often: both have the input's rank and broadcast to it."""
 
     mask: Tensor | None = None
     sample_weight: Tensor | None = None
@@ -46,19 +46,19 @@ def check(
     by_batch: bool,
     whole: bool = True,
 ) -> None:
-    """Raise where an input cannot be normalized.
+    """Raise an error if an input cannot be normalized.
 
     Arguments:
         function: the name in our own messages
-        mean, var: running statistics that are read or updated, None where neither happens
+        mean, var: running statistics that are read or updated, None if neither happens
         by_batch: whether the batch's own statistics are used
         whole: whether ``x`` is the whole batch; else its size is judged where the parts are merged
     """
-    # One quick look first, written for speed because every call takes it: True if ``_check`` would pass.
+    # Every call passes through this test, so it is written for speed. It holds if ``_check`` would raise nothing.
     shape, dtype, device = x.shape, x.dtype, x.device
     values: Any = x.numel()
     if type(values) is Tensor:
-        return  # under torch.jit.trace, which records every question about a size; PyTorch's operator asks them again
+        return  # under torch.jit.trace, which records every use of a size; PyTorch's operator makes the same checks
     if len(shape) > 1 and values > shape[1] and eps > 0.0:
         channels = shape[1]
         if (
@@ -122,13 +122,13 @@ def check_input(function: str, x: Tensor) -> None:
 
 
 def check_batch_size(x: Tensor) -> None:
-    """torch's own message for a batch of one value a channel, on which libraries match."""
+    """Raise torch's own message, which libraries match on, for a batch of one value per channel."""
     if x.shape[1] and x.numel() == x.shape[1]:
         raise ArgumentError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def check_eps(eps: float, by_batch: bool) -> None:
-    """torch's own messages."""
+    """Raise torch's own messages."""
     if by_batch and eps <= 0.0:
         raise ArgumentError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
@@ -154,9 +154,9 @@ def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor 
 def check_places(
     function: str, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, *, by_batch: bool
 ) -> Places:
-    """Mask and weights with x's rank, after a look at their dtypes and shapes.
+    """Mask and weights with x's rank, their dtypes and shapes checked.
 
-    Values are looked at only where that breaks no graph: not under a compiler, tracer, mode or transform.
+    Values are checked only where that breaks no graph: not under a compiler, tracer, mode or transform.
     """
     combined = combine_weights(function, x, mask, sample_weight)
     look = not torch.compiler.is_compiling() and plain.is_plain(x, mask, sample_weight)
@@ -209,12 +209,12 @@ def check_out(x: Tensor, others: tuple[Tensor | None, ...], out: Tensor, trainin
 
 
 def nonfinite_channels(found: Moments, running: Running | None) -> list[int]:
-    """Channels whose batch mean or variance is Inf or NaN, in the dtype that running statistics have."""
+    """Channels whose batch mean or variance is Inf or NaN in the dtype of the running statistics."""
     return [int(c) for c in (~finite_channels(found, running)).nonzero()]
 
 
 def finite_channels(found: Moments, running: Running | None) -> Tensor:
-    """For each channel whether its batch mean and variance are finite, in the dtype of the running statistics."""
+    """A bool for each channel: batch mean and variance are finite in the dtype of the running statistics."""
     mean, var = found.mean, found.variance()
     if running is not None:
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
