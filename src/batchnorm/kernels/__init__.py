@@ -27,7 +27,11 @@ from batchnorm.kernels.activations import activation as activation_by_name
 from batchnorm.kernels.contract import Kernel
 
 # Fastest first. The last one serves all plain tensors.
-BACKENDS: dict[str, str] = {"cpu": "batchnorm.kernels.cpu", "eager": "batchnorm.kernels.eager"}
+BACKENDS: dict[str, str] = {
+    "cpu": "batchnorm.kernels.cpu",
+    "gpu": "batchnorm.kernels.gpu",
+    "eager": "batchnorm.kernels.eager",
+}
 
 COMPOSITE = "composite"
 """The name of what serves where no backend may run: ordinary PyTorch operations."""
@@ -118,6 +122,7 @@ def explain(
     >>> print(explain(torch.empty(8, 3, device="meta")))
     composite: runs
     cpu: the input is on the meta device
+    gpu: the input is on the meta device
     eager: the input is on the meta device
     """
     act = activation_by_name(activation, negative_slope)
