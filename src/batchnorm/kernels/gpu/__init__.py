@@ -340,7 +340,7 @@ def _in_place(running: Running, device: torch.device) -> bool:
 
 def _changed(written: tuple[Tensor | None, ...]) -> None:
     """Tell autograd what was written by address, so that a graph that keeps it raises as it should."""
-    try:
+    try:  # noqa: SIM105  (a context manager costs as much again)
         torch._C._increment_version(tuple(t for t in written if t is not None))
     except RuntimeError:  # inference tensors have no version, and no graph keeps them
         pass

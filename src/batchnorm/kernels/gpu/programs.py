@@ -1,16 +1,32 @@
 """The Triton programs: one source for both layouts, every dtype and every option.
 
-All tensors of the input's size are dense in the order (groups·outer, channels, inner). In the contiguous format
-``inner`` is the number of positions; in channels_last and for matrices it is 1 and positions count as ``outer``.
+Tensors of the input's size are dense in the order (groups·outer, channels, inner). In the contiguous format ``inner``
+is the number of positions; in channels_last and for matrices it is 1, and positions count as ``outer``.
 
 A program owns C_BLOCK channels of one group (program_id 0) and one part of their values (program_id 1). It walks over
 tiles of C_BLOCK channels × O_BLOCK rows × I_BLOCK positions: ``_tile`` is the traversal, the functions after it are
-what is done with a tile. Where one tile holds all values of a channel (FUSED),
-the input is read once. Otherwise one launch leaves partial results in memory, and each program of the next launch merges
-those of its channels in the order of the parts: no atomics, so the same input gives the same bits.
+what is done with a tile. Where one tile holds all values of a channel (FUSED) the input is read once. Otherwise one
+launch leaves partial results in memory, and each program of the next launch merges those of its channels in the order
+of the parts: no atomics, so the same input gives the same bits.
 
-Values are converted to float32 as soon as they are loaded; statistics of a tile are float32, what is merged float64.
-An absent operand is None, which Triton specializes on.
+Values are converted to float32 as soon as they are loaded; sums over a tile are float32, what is merged is float64.
+
+The pointers are, in every program that has them, None for an operand that is absent:
+
+===========================  ===========================================  ==========================================
+x, dy, y, residual           (groups·outer, channels, inner)              read; y is written by ``normalize_program``
+dx, dresidual                (groups·outer, channels, inner)              written
+mask (uint8), weights        (groups·outer, channels or 1, inner)         read; with channels if PER_CHANNEL
+weight, bias                 (channels,)                                  read
+mean, var                    (groups·channels,)                           read; written if found here (float64)
+running_mean, running_var    (groups·channels,)                           read and written
+batches (int64)              ()                                           read and written
+dweight, dbias               (groups·channels,)                           written
+partial, merged (float64)    (3, parts, groups·channels), (3, stride)     count, mean, M2 or Σdz, Σdz·x̂, count
+===========================  ===========================================  ==========================================
+
+``stride`` is groups·channels. ``channels`` and ``inner`` come in units of C_UNIT and I_UNIT, so that the compiler knows
+what they are multiples of.
 """
 
 import os
@@ -34,24 +50,24 @@ else:
 
 
 @triton.jit
-def _block(channels, C_BLOCK: tl.constexpr):
-    """This program's group (int64) and channels, and where its results a channel are, all groups side by side."""
+def _block(outer, channels, inner, C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, C_BLOCK: tl.constexpr):
+    """What ``_tile`` asks for; this program's channels, where its results a channel are, and which exist."""
+    channels *= C_UNIT
+    inner *= I_UNIT
     blocks = tl.cdiv(channels, C_BLOCK)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks) * C_BLOCK + tl.arange(0, C_BLOCK)
-    return group, c, group * channels + c
+    return (group, c, outer, channels, inner), c, group * channels + c, c < channels
 
 
 @triton.jit
-def _tile(
-    tile, group, c, outer, channels, inner,
-    O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
-):  # fmt: skip
+def _tile(tile, shape, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     """Where a tile is, and how many places it has.
 
     Offsets [channels, places] in a tensor of x's size and which of them exist, then the same [1, places] of a tensor
     without channels.
     """
+    group, c, outer, channels, inner = shape
     across = tl.cdiv(inner, I_BLOCK)
     o = (tile // across).to(tl.int64) * O_BLOCK
     i = (tile % across).to(tl.int64) * I_BLOCK
@@ -68,10 +84,10 @@ def _tile(
 
 
 @triton.jit
-def _part(outer, inner, per_part, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
+def _part(shape, per_part, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     """The first tile of this program, and how many it has."""
     first = tl.program_id(1) * per_part
-    return first, tl.minimum(per_part, tl.cdiv(outer, O_BLOCK) * tl.cdiv(inner, I_BLOCK) - first)
+    return first, tl.minimum(per_part, tl.cdiv(shape[2], O_BLOCK) * tl.cdiv(shape[4], I_BLOCK) - first)
 
 
 @triton.jit
@@ -165,14 +181,27 @@ def _finite_value(x, present):
 
 
 @triton.jit
-def _merged(partial, channel, exists, parts, stride, PARTS: tl.constexpr):
-    """Count, mean and M2 from those of the parts, (3, parts, stride); about a part's mean, so that equal ones stay."""
+def _parts(partial, channel, exists, parts, stride, PARTS: tl.constexpr):
+    """What the parts left, three tensors [channels, parts]; 0 where there is no such part."""
     k = tl.arange(0, PARTS)
-    at = k[None, :] * stride + channel[:, None]
+    at = partial + (k[None, :] * stride + channel[:, None])
     there = (k < parts)[None, :] & exists[:, None]
-    n = tl.load(partial + at, mask=there, other=0.0)
-    mean = tl.load(partial + parts * stride + at, mask=there, other=0.0)
-    m2 = tl.load(partial + 2 * parts * stride + at, mask=there, other=0.0)
+    row = parts * stride
+    return tl.load(at, there, 0.0), tl.load(at + row, there, 0.0), tl.load(at + 2 * row, there, 0.0)
+
+
+@triton.jit
+def _leave(partial, first, second, third, part, parts, stride, channel, exists):
+    """Write what ``_parts`` reads."""
+    at = partial + (part * stride + channel)
+    tl.store(at, first, mask=exists)
+    tl.store(at + parts * stride, second, mask=exists)
+    tl.store(at + 2 * parts * stride, third, mask=exists)
+
+
+@triton.jit
+def _merged(n, mean, m2):
+    """Count, mean and M2 of the whole, from those of the parts; about a part's mean, so that equal ones stay."""
     origin = _finite_value(mean, n > 0)
     total = tl.sum(n, 1)
     off = tl.where(n > 0, mean - origin[:, None], 0.0)
@@ -190,19 +219,16 @@ def _follow(r, channel, value, exists, factor):
 
 
 @triton.jit
-def _finish(
-    n, mean, m2, channel, exists, mean_out, var_out,
-    running_mean, running_var, batches, factor,
-):  # fmt: skip
+def _finish(n, mean, m2, channel, exists, mean_out, var_out, running_mean, running_var, batches, factor):
     """Write the batch's statistics and let the running ones follow; one program for each channel does it."""
     tl.store(mean_out + channel, mean, mask=exists)
     tl.store(var_out + channel, m2 / n, mask=exists)
     if running_mean is not None:
         _follow(running_mean, channel, mean, exists, factor)
         _follow(running_var, channel, m2 / (n - 1.0), exists, factor)
-        if batches is not None:
-            if tl.program_id(0) == 0:
-                tl.store(batches, tl.load(batches) + 1)
+    if batches is not None:
+        first = tl.program_id(0) == 0
+        tl.store(batches, tl.load(batches, mask=first) + 1, mask=first)
 
 
 # What is done with each value
@@ -240,8 +266,7 @@ def _coefficients(mean, var, weight, bias, c, exists, eps):
 
 
 @triton.jit
-def _before_activation(
-    x, residual, spot, line):
+def _before_activation(x, residual, spot, line):
     z = (x - line[0]) * line[1] + line[2]
     if residual is not None:
         z = z + _read(residual, spot)
@@ -249,10 +274,7 @@ def _before_activation(
 
 
 @triton.jit
-def _result(
-    x, residual, mask, spot, line, slope,
-    ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr,
-):  # fmt: skip
+def _result(x, residual, mask, spot, line, slope, ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr):
     """y of a tile. NaN passes both activations."""
     z = _before_activation(x, residual, spot, line)
     if ACTIVATION == RELU:
@@ -265,33 +287,27 @@ def _result(
 
 
 @triton.jit
-def _gradient(
-    dy, x, y, residual, mask, spot,
-    line, slope, ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr,
-):  # fmt: skip
+def _gradient(dy, x, y, residual, mask, spot, line, slope, ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr):
     """dz = dy·activation'(z) and x − hi of a tile, both 0 where absent; y's sign stands for z's where y is given."""
-    dz = _read(dy, spot)
+    dz, value = _read(dy, spot), _read(x, spot)
     if ACTIVATION != IDENTITY:
         if y is not None:
             z = _read(y, spot)
         else:
-            z = _before_activation(x, residual, spot, line)
+            z = _before_activation(value, residual, spot, line)
         if ACTIVATION == RELU:
             dz = tl.where(z <= 0, 0.0, dz)
         else:
             dz = tl.where(z > 0, dz, dz * slope)
-    centred = tl.where(spot[1], x - line[0], 0.0)
+    present = spot[1]
     if mask is not None:
         present = _places(mask, spot, PER_CHANNEL) > 0
         dz = tl.where(present, dz, 0.0)
-        centred = tl.where(present, centred, 0.0)
-    return dz, centred
+    return dz, tl.where(present, value - line[0], 0.0)
 
 
 @triton.jit
-def _through_statistics(
-    sum_dz, sum_dz_xhat, n, lo, invstd, channel, exists, dweight, dbias
-):
+def _through_statistics(sum_dz, sum_dz_xhat, n, lo, invstd, channel, exists, dweight, dbias):
     """slope and constant of dx = a·(dz − w·((x − hi)·slope + constant)); the parameters' gradients are written."""
     if tl.program_id(1) == 0:
         if dweight is not None:
@@ -303,15 +319,13 @@ def _through_statistics(
 
 
 @triton.jit
-def _write_gradients(
-    dx, dresidual, dz, centred, weights, spot, a,
-    per_unit, constant, PER_CHANNEL: tl.constexpr, TRAINING: tl.constexpr,
-):  # fmt: skip
+def _write_gradients(dx, dresidual, dz, centred, weights, spot, a, through, PER_CHANNEL: tl.constexpr):
+    """dx and the residual's gradient; ``through`` is None where the statistics are constants."""
     if dresidual is not None:
         _write(dresidual, spot[0], dz, spot[1])
     if dx is not None:
-        if TRAINING:
-            share = centred * per_unit + constant
+        if through is not None:
+            share = centred * through[0] + through[1]
             if weights is not None:
                 w = _places(weights, spot, PER_CHANNEL)
                 share = tl.where(w > 0, share * w, 0.0)
@@ -324,29 +338,23 @@ def _write_gradients(
 
 @triton.jit
 def moments_program(
-    x,  # pointer to the input, (groups·outer, channels, inner)
-    weights,  # pointer to mask or weights, (groups·outer, channels if PER_CHANNEL else 1, inner), or None
-    partial,  # pointer to float64 count, mean and M2 of each part, (3, parts, groups·channels); written
-    outer, channels, inner, stride, per_part,
-    C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr,
-    C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
+    x, weights, partial, outer, channels, inner, stride, per_part, C_UNIT: tl.constexpr, I_UNIT: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The moments of a part of the values."""
-    channels *= C_UNIT
-    inner *= I_UNIT
-    group, c, channel = _block(channels, C_BLOCK)
-    first, tiles = _part(outer, inner, per_part, O_BLOCK, I_BLOCK)
-    spot, count = _tile(first, group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
+    shape, _, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
+    first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
+    spot, count = _tile(first, shape, O_BLOCK, I_BLOCK)
     shift = tl.zeros((C_BLOCK,), tl.float32)
     if weights is None:
         # One of the values, so that x − shift is 0 throughout a constant channel. Any finite one will do.
-        shift = _read(x, (tl.min(spot[0], 1), c < channels))
+        shift = _read(x, (tl.min(spot[0], 1), there))
         shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     n = tl.zeros((C_BLOCK,), tl.float64)
     mean = tl.zeros((C_BLOCK,), tl.float64)
     m2 = tl.zeros((C_BLOCK,), tl.float64)
     for t in _steps(tiles):
-        spot, count = _tile(first + t, group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
+        spot, count = _tile(first + t, shape, O_BLOCK, I_BLOCK)
         value = _read(x, spot)
         w = None
         if weights is not None:
@@ -354,54 +362,32 @@ def moments_program(
             shift = tl.where(n > 0, shift, _finite_value(value, w > 0))
         more, its_mean, its_m2 = _tile_moments(value, spot[1], w, count, shift)
         n, mean, m2 = _merge(n, mean, m2, more, its_mean, its_m2)
-    there = c < channels
-    at = tl.program_id(1) * stride + channel
-    parts = tl.num_programs(1)
-    tl.store(partial + at, n, mask=there)
-    tl.store(partial + parts * stride + at, tl.where(n > 0, shift.to(tl.float64) + mean, 0.0), mask=there)
-    tl.store(partial + 2 * parts * stride + at, m2, mask=there)
+    mean = tl.where(n > 0, shift.to(tl.float64) + mean, 0.0)
+    _leave(partial, n, mean, m2, tl.program_id(1), tl.num_programs(1), stride, channel, there)
 
 
 @triton.jit
-def merge_program(
-    partial,  # pointer to float64 count, mean and M2 of each part, (3, parts, stride)
-    merged,  # pointer to float64 count, mean and M2, (3, stride); written
-    parts, stride, C_BLOCK: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+def merge_program(partial, merged, parts, stride, C_BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """The moments of the whole, where there are too many parts for each program of the next launch to merge."""
     channel = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
-    exists = channel < stride
-    n, mean, m2 = _merged(partial, channel, exists, parts, stride, PARTS)
-    tl.store(merged + channel, n, mask=exists)
-    tl.store(merged + stride + channel, mean, mask=exists)
-    tl.store(merged + 2 * stride + channel, m2, mask=exists)
+    n, mean, m2 = _parts(partial, channel, channel < stride, parts, stride, PARTS)
+    n, mean, m2 = _merged(n, mean, m2)
+    _leave(merged, n, mean, m2, 0, 1, stride, channel, channel < stride)
 
 
 @triton.jit
 def normalize_program(
-    x,  # pointer to the input, (groups·outer, channels, inner)
-    residual,  # pointer, x's shape, or None
-    mask, weights,  # pointers, (groups·outer, channels if PER_CHANNEL else 1, inner), or None
-    y,  # pointer to the result, x's shape; written; may be x
-    weight, bias,  # pointers, (channels,), or None
-    mean, var,  # pointers, (groups·channels,): read where partial is None and not FUSED, else written (float64)
-    partial,  # pointer to float64 count, mean and M2 of each part, (3, parts, groups·channels), or None
-    running_mean, running_var,  # pointers, (groups·channels,); read and written; or None
-    batches,  # pointer to int64, (); read and written; or None
+    x, residual, mask, weights, y, weight, bias, mean, var, partial, running_mean, running_var, batches,
     outer, channels, inner, stride, per_part, parts, eps: "fp64", slope, factor: "fp64",
     C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr, FUSED: tl.constexpr, C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y, by statistics that are given, that are merged from parts, or (FUSED) that are those of the only tile."""
-    channels *= C_UNIT
-    inner *= I_UNIT
-    group, c, channel = _block(channels, C_BLOCK)
-    there = c < channels
+    shape, c, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
+    first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
     if FUSED:
-        spot, count = _tile(tl.program_id(1), group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
-        value = _read(x, spot)
-        w = None
-        present = spot[1]
+        spot, count = _tile(first, shape, O_BLOCK, I_BLOCK)
+        value, w, present = _read(x, spot), None, spot[1]
         if weights is not None:
             w = _places(weights, spot, PER_CHANNEL)
             present = w > 0
@@ -409,78 +395,54 @@ def normalize_program(
         n, m, m2 = _tile_moments(value, spot[1], w, count, shift)
         m = shift.to(tl.float64) + m
         _finish(n, m, m2, channel, there, mean, var, running_mean, running_var, batches, factor)
-        line, lo, invstd = _coefficients(m, m2 / n, weight, bias, c, there, eps)
+        line, _lo, _invstd = _coefficients(m, m2 / n, weight, bias, c, there, eps)
         value = _result(value, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
         _write(y, spot[0], value, spot[1])
     else:
         if partial is None:
             m, v = _given(mean, var, channel, there)
         else:
-            n, m, m2 = _merged(partial, channel, there, parts, stride, PARTS)
+            n, m, m2 = _parts(partial, channel, there, parts, stride, PARTS)
+            n, m, m2 = _merged(n, m, m2)
             v = m2 / n
             if tl.program_id(1) == 0:
                 _finish(n, m, m2, channel, there, mean, var, running_mean, running_var, batches, factor)
-        line, lo, invstd = _coefficients(m, v, weight, bias, c, there, eps)
-        first, tiles = _part(outer, inner, per_part, O_BLOCK, I_BLOCK)
+        line, _lo, _invstd = _coefficients(m, v, weight, bias, c, there, eps)
         for t in _steps(tiles):
             # Backwards: what was measured last may still be in the second-level cache.
-            tile = first + (tiles - 1 - t)
-            spot, count = _tile(tile, group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
+            spot, count = _tile(first + (tiles - 1 - t), shape, O_BLOCK, I_BLOCK)
             value = _result(_read(x, spot), residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
             _write(y, spot[0], value, spot[1])
 
 
 @triton.jit
 def sums_program(
-    dy,  # pointer to the result's gradient, (groups·outer, channels, inner)
-    x,  # pointer to the input, the same shape
-    y, residual,  # pointers, the same shape, or None
-    mask, weights,  # pointers, (groups·outer, channels if PER_CHANNEL else 1, inner), or None
-    weight, bias,  # pointers, (channels,), or None
-    mean, var,  # pointers, (groups·channels,)
-    partial,  # pointer to float64 Σdz, Σdz·x̂ and count of each part, (3, parts, groups·channels); written
+    dy, x, y, residual, mask, weights, weight, bias, mean, var, partial,
     outer, channels, inner, stride, per_part, eps: "fp64", slope,
     C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums over a part of the values that backward needs."""
-    channels *= C_UNIT
-    inner *= I_UNIT
-    group, c, channel = _block(channels, C_BLOCK)
-    there = c < channels
+    shape, c, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
     m, v = _given(mean, var, channel, there)
     line, lo, invstd = _coefficients(m, v, weight, bias, c, there, eps)
     sum_dz = tl.zeros((C_BLOCK,), tl.float64)
     sum_dz_centred = tl.zeros((C_BLOCK,), tl.float64)
     n = tl.zeros((C_BLOCK,), tl.float64)
-    first, tiles = _part(outer, inner, per_part, O_BLOCK, I_BLOCK)
+    first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
     for t in _steps(tiles):
-        spot, count = _tile(first + t, group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
-        dz, centred = _gradient(
-            dy, _read(x, spot), y, residual, mask, spot, line, slope,
-            ACTIVATION, PER_CHANNEL,
-        )  # fmt: skip
+        spot, count = _tile(first + t, shape, O_BLOCK, I_BLOCK)
+        dz, centred = _gradient(dy, x, y, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
         sum_dz += tl.sum(dz, 1).to(tl.float64)
         sum_dz_centred += tl.sum(dz * centred, 1).to(tl.float64)
         n += _count(weights, spot, count, PER_CHANNEL)
-    at = tl.program_id(1) * stride + channel
-    parts = tl.num_programs(1)
-    tl.store(partial + at, sum_dz, mask=there)
-    tl.store(partial + parts * stride + at, (sum_dz_centred - lo * sum_dz) * invstd, mask=there)
-    tl.store(partial + 2 * parts * stride + at, n, mask=there)
+    sum_dz_xhat = (sum_dz_centred - lo * sum_dz) * invstd
+    _leave(partial, sum_dz, sum_dz_xhat, n, tl.program_id(1), tl.num_programs(1), stride, channel, there)
 
 
 @triton.jit
 def input_program(
-    dy,  # pointer to the result's gradient, (groups·outer, channels, inner)
-    x,  # pointer to the input, the same shape
-    y, residual,  # pointers, the same shape, or None
-    mask, weights,  # pointers, (groups·outer, channels if PER_CHANNEL else 1, inner), or None
-    weight, bias,  # pointers, (channels,), or None
-    mean, var,  # pointers, (groups·channels,)
-    partial,  # pointer to float64 Σdz, Σdz·x̂ and count of each part, (3, parts, groups·channels), or None
-    dx, dresidual,  # pointers, the same shape as x; written; or None
-    dweight, dbias,  # pointers, (groups·channels,); written; or None
+    dy, x, y, residual, mask, weights, weight, bias, mean, var, partial, dx, dresidual, dweight, dbias,
     outer, channels, inner, stride, per_part, parts, eps: "fp64", slope,
     C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr, FUSED: tl.constexpr, TRAINING: tl.constexpr,
@@ -490,44 +452,27 @@ def input_program(
 
     Not TRAINING: the statistics are constants.
     """
-    channels *= C_UNIT
-    inner *= I_UNIT
-    group, c, channel = _block(channels, C_BLOCK)
-    there = c < channels
+    shape, c, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
     m, v = _given(mean, var, channel, there)
     line, lo, invstd = _coefficients(m, v, weight, bias, c, there, eps)
+    first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
+    through = None
     if FUSED:
-        spot, count = _tile(tl.program_id(1), group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
-        dz, centred = _gradient(
-            dy, _read(x, spot), y, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL
-        )  # fmt: skip
+        spot, count = _tile(first, shape, O_BLOCK, I_BLOCK)
+        dz, centred = _gradient(dy, x, y, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
         n = _count(weights, spot, count, PER_CHANNEL)
         sum_dz = tl.sum(dz, 1).to(tl.float64)
         sum_dz_xhat = (tl.sum(dz * centred, 1).to(tl.float64) - lo * sum_dz) * invstd
-        per_unit, constant = _through_statistics(sum_dz, sum_dz_xhat, n, lo, invstd, channel, there, dweight, dbias)
-        _write_gradients(
-            dx, dresidual, dz, centred, weights, spot, line[1], per_unit, constant, PER_CHANNEL, TRAINING
-        )  # fmt: skip
+        through = _through_statistics(sum_dz, sum_dz_xhat, n, lo, invstd, channel, there, dweight, dbias)
+        _write_gradients(dx, dresidual, dz, centred, weights, spot, line[1], through, PER_CHANNEL)
     else:
-        per_unit, constant = line[1], line[1]
         if partial is not None:
-            k = tl.arange(0, PARTS)
-            at = k[None, :] * stride + channel[:, None]
-            known = (k < parts)[None, :] & there[:, None]
-            sum_dz = tl.sum(tl.load(partial + at, mask=known, other=0.0), 1)
-            sum_dz_xhat = tl.sum(tl.load(partial + parts * stride + at, mask=known, other=0.0), 1)
-            n = tl.sum(tl.load(partial + 2 * parts * stride + at, mask=known, other=0.0), 1)
-            per_unit, constant = _through_statistics(
-                sum_dz, sum_dz_xhat, n, lo, invstd, channel, there, dweight, dbias
-            )  # fmt: skip
-        if dx is not None or dresidual is not None:
-            first, tiles = _part(outer, inner, per_part, O_BLOCK, I_BLOCK)
-            for t in _steps(tiles):
-                tile = first + (tiles - 1 - t)
-                spot, count = _tile(tile, group, c, outer, channels, inner, O_BLOCK, I_BLOCK)
-                dz, centred = _gradient(
-                    dy, _read(x, spot), y, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL
-                )  # fmt: skip
-                _write_gradients(
-                    dx, dresidual, dz, centred, weights, spot, line[1], per_unit, constant, PER_CHANNEL, TRAINING
-                )  # fmt: skip
+            sum_dz, sum_dz_xhat, n = _parts(partial, channel, there, parts, stride, PARTS)
+            sum_dz, sum_dz_xhat, n = tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1), tl.sum(n, 1)
+            through = _through_statistics(sum_dz, sum_dz_xhat, n, lo, invstd, channel, there, dweight, dbias)
+            if not TRAINING:
+                through = None
+        for t in _steps(tiles):
+            spot, count = _tile(first + (tiles - 1 - t), shape, O_BLOCK, I_BLOCK)
+            dz, centred = _gradient(dy, x, y, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
+            _write_gradients(dx, dresidual, dz, centred, weights, spot, line[1], through, PER_CHANNEL)
