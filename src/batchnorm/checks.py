@@ -1,4 +1,4 @@
-"""What is asked of a call before anything is done: one quick look, and the long way only where that fails."""
+"""The checks of a call's arguments: one quick look, and the thorough checks only where it fails."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def check(
     eps: float,
     *,
     by_batch: bool,
+    whole: bool = True,
 ) -> None:
     """Raise where an input cannot be normalized.
 
@@ -51,8 +52,9 @@ def check(
         function: the name in our own messages
         mean, var: running statistics that are read or updated, None where neither happens
         by_batch: whether the batch's own statistics are used
+        whole: whether ``x`` is the whole batch; else its size is judged where the parts are merged
     """
-    # First one quick look, on the way of every call and so written for speed: True if ``_check`` would pass.
+    # One quick look first, written for speed because every call takes it: True if ``_check`` would pass.
     shape, dtype, device = x.shape, x.dtype, x.device
     values: Any = x.numel()
     if type(values) is Tensor:
@@ -83,7 +85,7 @@ def check(
             )
         ):
             return
-    _check(function, x, weight, bias, mean, var, eps, by_batch)
+    _check(function, x, weight, bias, mean, var, eps, by_batch, whole)
 
 
 def _check(
@@ -95,9 +97,10 @@ def _check(
     var: Tensor | None,
     eps: float,
     by_batch: bool,
+    whole: bool,
 ) -> None:
     check_input(function, x)
-    if by_batch:
+    if by_batch and whole:
         check_batch_size(x)
     check_eps(eps, by_batch)
     check_statistics(function, x, mean, var, by_batch)

@@ -14,14 +14,13 @@ from torch.nn.utils import parametrize, prune
 import batchnorm as bn
 from batchnorm.errors import ArgumentError
 from batchnorm.lifecycle.conversion.report import Conversion
-from batchnorm.nn.distributed import SyncBatchNorm
 from tolerances import assert_close, to_float64
 
 PAIRS: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[int, ...]]] = {
     "1d": (nn.BatchNorm1d, bn.BatchNorm1d, (6, 3)),
     "2d": (nn.BatchNorm2d, bn.BatchNorm2d, (4, 3, 5, 2)),
     "3d": (nn.BatchNorm3d, bn.BatchNorm3d, (2, 3, 3, 2, 2)),
-    "sync": (nn.SyncBatchNorm, SyncBatchNorm, (4, 3, 5)),
+    "sync": (nn.SyncBatchNorm, bn.BatchNorm, (4, 3, 5)),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},

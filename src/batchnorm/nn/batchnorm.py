@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from batchnorm.errors import ArgumentError, expected
 from batchnorm.functional import Batch, Population
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.nn.distributed import Ranks, TooFewAcrossRanks, exchange
 from batchnorm.nn.foreign import Absent
 from batchnorm.nn.running import Guarded, at_least_float32, following
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import GroupLike
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -54,17 +58,24 @@ class BatchNorm(_BatchNorm):
         negative_slope: of "leaky_relu"
         too_few: what training does with a batch of one value a channel, which has no variance. "raise":
             torch's error. "running": that batch is normalized with the running statistics, as in eval
-            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.)
+            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.) With a
+            ``process_group`` the values of all ranks count
         nonfinite: what the running statistics do with a batch that holds an Inf or NaN. "propagate":
             follow it, as torch does, and stay NaN. "skip": it leaves statistics and counter as they were;
             its output is what it is. "raise": an error that names layer, channels and batch, with nothing
             changed. Both cost a look at the batch's statistics, on a GPU a synchronization
+        process_group: the ranks that a training batch is spread over: a ``torch.distributed`` ProcessGroup, or
+            "world", the default group whenever there is one. Mean, variance and running statistics are then those
+            of the batch of all ranks together. None (not torch's SyncBatchNorm's default): this process's batch
+            alone. Without an initialized group, with one rank and in eval mode nothing is exchanged. See
+            docs/distributed.md
 
     Running statistics stay float32 when the model is cast to half precision. A batch without values
     changes nothing, not even the counter.
 
     Tools that read a layer's attributes and build another one from them know torch's arguments only.
-    ``SyncBatchNorm.convert_sync_batchnorm`` raises where there are extras (``batchnorm.revert`` the model first).
+    ``SyncBatchNorm.convert_sync_batchnorm`` raises if there are extras (``batchnorm.convert`` with a process group
+    keeps them).
     ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation``
     and the other extras are lost without a word. Use ``batchnorm.fold``, or layers without extras.
 
@@ -84,7 +95,7 @@ class BatchNorm(_BatchNorm):
     (tensor([0.2000, 0.5000]), tensor([1.1000, 0.9000]))
     """
 
-    __jit_unused_properties__ = ["activation", "negative_slope"]
+    __jit_unused_properties__ = ["activation", "negative_slope", "process_group"]
 
     def __init__(
         self,
@@ -101,6 +112,7 @@ class BatchNorm(_BatchNorm):
         negative_slope: float = 0.01,
         too_few: TooFew = "raise",
         nonfinite: NonFinite = "propagate",
+        process_group: GroupLike = None,
     ) -> None:
         name = type(self).__name__
         _one_of(name, "too_few", too_few, get_args(TooFew))
@@ -109,10 +121,13 @@ class BatchNorm(_BatchNorm):
             todo = 'Track them, or leave too_few="raise".'
             raise ArgumentError(expected(name, 'running statistics for too_few="running"', "none tracked", todo))
         act = activation_by_name(activation, negative_slope)
+        ranks = Ranks.of(name, process_group)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._set_activation(act)
         self.too_few: TooFew = too_few
         self.nonfinite: NonFinite = nonfinite
+        self._ranks = ranks
+        self._exchanges = ranks is not None  # for TorchScript
         be_a_leaf(self)
         self._widen(self._buffers.copy())
 
@@ -133,6 +148,19 @@ class BatchNorm(_BatchNorm):
     def negative_slope(self) -> float:
         """The slope of "leaky_relu" below zero."""
         return self._activation.negative_slope if self.activation == "leaky_relu" else 0.01
+
+    @property
+    def process_group(self) -> object:
+        """The group that training exchanges over: None, "world" or a ProcessGroup; may be set.
+
+        A layer that was unpickled where there is no group of that name gives an object that shows name and ranks.
+        """
+        return None if self._ranks is None else self._ranks.given()
+
+    @process_group.setter
+    def process_group(self, process_group: object) -> None:
+        self._ranks = Ranks.of(type(self).__name__, process_group)
+        self._exchanges = self._ranks is not None
 
     def forward(
         self,
@@ -167,14 +195,25 @@ class BatchNorm(_BatchNorm):
         training, eps = self.training, self.eps
         by_batch = training or (mean is None and var is None)
         followed = training and self.track_running_stats
-        if by_batch and self.too_few == "running" and self._has_too_few(input) and mean is not None:
+        over = None
+        if self._ranks is not None and training:
+            if torch.compiler.is_compiling():
+                # Made here: importing the compiler takes seconds.
+                y: Tensor = torch.compiler.disable(self._normalize)(input, residual, mask, sample_weight)
+                return y
+            over = exchange(self, self._ranks, input, mask, sample_weight)
+        whole = over is None
+        if by_batch and whole and self.too_few == "running" and self._has_too_few(input) and mean is not None:
             by_batch = followed = False
         name = type(self).__name__
         read = followed or not by_batch
-        check(name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch)
+        check(
+            name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch,
+            whole=whole,
+        )  # fmt: skip
         places = EVERYWHERE
         if mask is not None or sample_weight is not None:
-            places = check_places(name, input, mask, sample_weight, by_batch=by_batch)
+            places = check_places(name, input, mask, sample_weight, by_batch=by_batch and whole)
         if residual is not None:
             residual = check_residual(name, input, residual)
         statistics: Population | Batch
@@ -184,10 +223,18 @@ class BatchNorm(_BatchNorm):
         else:
             running = None
             values: object = input.numel()
-            if followed and (type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
+            if followed and (not whole or type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
                 running = following(mean, var, self.momentum, batches)
             statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
-        return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
+            if over is not None:
+                statistics = over.seen_by(statistics)
+        try:
+            return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
+        except TooFewAcrossRanks:
+            if self.too_few == "raise" or mean is None or var is None:
+                raise
+            population = Population(mean, var)
+            return functional.run(input, weight, bias, eps, population, self._activation, residual, places)
 
     def _has_too_few(self, input: Tensor) -> bool:
         return input.dim() > 1 and input.numel() <= input.shape[1]
@@ -200,6 +247,8 @@ class BatchNorm(_BatchNorm):
             raise RuntimeError("batchnorm: TorchScript takes no mask or sample_weight. Call the layer outside of it.")
         if self.nonfinite != "propagate" or self.too_few != "raise":
             raise RuntimeError("batchnorm: TorchScript serves nonfinite='propagate' and too_few='raise' only.")
+        if self.training and self._exchanges:
+            raise RuntimeError("batchnorm: TorchScript exchanges nothing between ranks. Train the layer outside of it.")
         self._check_input_dim(input)
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         follow = self.training and self.track_running_stats
@@ -249,6 +298,8 @@ class BatchNorm(_BatchNorm):
             extras["too_few"] = self.too_few
         if self.nonfinite != "propagate":
             extras["nonfinite"] = self.nonfinite
+        if self._ranks is not None:
+            extras["process_group"] = self._ranks
         return extras
 
     qconfig = Absent()

@@ -1,4 +1,4 @@
-"""How running statistics follow the batches: with what weight, in what precision, and past which batches."""
+"""How running statistics follow the batches: their weight, their precision, and which batches they skip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.errors import AutogradError, expected
 from batchnorm.kernels import plain
 from batchnorm.kernels.contract import Running
 from batchnorm.moments import Moments
-from batchnorm.nn.naming import path_of
+from batchnorm.nn.naming import described
 
 
 def following(
@@ -54,9 +54,7 @@ class Guarded:
         bad = self._nonfinite(found)
         if bad:
             batches = None if self.running is None else self.running.batches
-            path, kind = path_of(self.layer), type(self.layer).__name__
-            where = f"{path} ({kind})" if path else kind
-            raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
+            raise_nonfinite(described(self.layer), bad, None if batches is None else int(batches) + 1)
         if self.running is not None:
             self.running.update(found)
 
