@@ -55,6 +55,11 @@ def supports(
     return unavailable() or (None if x.is_cpu else _too_old(x.device, x.dtype))
 
 
+def no_kernels_on(device: torch.device) -> bool:
+    """Whether no tensor on the device can be served, whatever its dtype."""
+    return device.type not in DEVICES or unavailable() is not None or _too_old(device, torch.float32) is not None
+
+
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why Triton cannot be used, or None. Imports it."""
