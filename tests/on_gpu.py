@@ -44,7 +44,9 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("test-gpu: skipped, no GPU that PyTorch can use here. `make test` runs the kernels in Triton's interpreter.")
+        print(
+            "test-gpu: skipped, no GPU that PyTorch can use here. `make test` runs the kernels in Triton's interpreter."
+        )
         return 0
     print(f"test-gpu: {torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
     end = time.monotonic() + options.seconds
