@@ -34,8 +34,11 @@ class Sink(Protocol):
     def running(self) -> Running | None:
         """The running statistics that ``take`` may write."""
 
-    def take(self, found: Moments) -> None:
-        """Called once the result is known. May raise; then nothing must have been changed."""
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
+        """Called once the result is known. May raise; then nothing must have been changed.
+
+        ``where`` is a bool of shape (): False if the batch does not count. None: it does.
+        """
 
 
 class Batch(NamedTuple):
@@ -335,14 +338,14 @@ def _by_operators(
     if isinstance(statistics, Population):
         y: Tensor = operators.infer(x, *statistics, weight, bias, residual, mask, *options)
         return y if out is None else out.copy_(y)
-    y, stats = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
+    y, stats, counts = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
     sink = statistics.sink
     if sink is not None:
         found = moments_from(stats, count_of(x, mask, sample_weight))
         if isinstance(sink, Running):
-            sink.update(found)
+            sink.update(found, where=counts)
         else:
-            sink.take(found)
+            sink.take(found, where=counts)
     return y
 
 

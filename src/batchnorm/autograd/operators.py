@@ -32,18 +32,23 @@ def train(
     eps: float,
     activation: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor]:
-    """y, and the batch's mean and biased variance, (2, channels)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the batch's mean and biased variance, (2, channels), and whether the batch counts, a bool of shape ().
+
+    It does not where a checkpoint runs a compiled forward again in backward, which only the running code can tell.
+    """
     act = Activation(activation, negative_slope)
     kernel = _kernel(x, weight, bias, residual, activation=act, mask=mask, sample_weight=sample_weight)
-    return kernel.forward(
+    y, stats = kernel.forward(
         x, weight, bias, eps, residual=residual, activation=act, mask=mask, sample_weight=sample_weight
-    )
+    )  # fmt: skip
+    return y, stats, x.new_full((), torch._C._current_graph_task_id() == -1, dtype=torch.bool)
 
 
 @train.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return layout.of(x).empty(x), x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+    return layout.of(x).empty(x), stats, x.new_empty((), dtype=torch.bool)
 
 
 @torch.library.custom_op("batchnorm::infer", mutates_args=())
@@ -129,14 +134,14 @@ def _(
     )
 
 
-def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, residual, mask, sample_weight, *options = inputs
-    y, stats = output
-    ctx.mark_non_differentiable(stats)
+    y, stats, counts = output
+    ctx.mark_non_differentiable(stats, counts)
     _save(ctx, x, weight, bias, residual, mask, sample_weight, y, stats, options, training=True)
 
 
-def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_train(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     sample_weight = ctx.saved_tensors[-1]
     if sample_weight is not None and sample_weight.requires_grad:
         raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")

@@ -12,12 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError, expected
+from batchnorm.lifecycle.domains import held
 from batchnorm.lifecycle.progress import OnProgress, shown
 from batchnorm.lifecycle.recalibration.collect import Estimator, Population
 from batchnorm.lifecycle.recalibration.gap import Gap
 from batchnorm.lifecycle.recalibration.observe import BUFFERS, Observation
 from batchnorm.lifecycle.recalibration.passes import Forward, Found, Runner, joint, sequential
 from batchnorm.lifecycle.recalibration.report import LayerStatistics, Order, Recalibration, counted
+from batchnorm.nn import BatchNorm
+from batchnorm.nn.frozen import has_frozen_statistics
 
 
 def recalibrate(
@@ -110,7 +113,8 @@ def recalibrate(
     observation = Observation(model, layers)
     written: list[_Written] = []
     try:
-        with shown("recalibrate", progress) as update:
+        ours = [layer for layer in layers.values() if isinstance(layer, BatchNorm)]
+        with shown("recalibrate", progress) as update, held("recalibrate", ours):
             observation.begin()
             run = _default_forward if forward is None else forward
             runner = Runner(model, observation, run, estimator, update)
@@ -162,6 +166,8 @@ def _choose(model: nn.Module, skip_eval: bool) -> tuple[dict[str, _BatchNorm], d
         elif is_lazy(buffers["running_mean"]):
             got, todo = f"{name} ({kind}), which has seen no input", "Run the model once on a batch."
             raise ArgumentError(expected("recalibrate", "layers that know their channels", got, todo))
+        elif has_frozen_statistics(module):
+            left_alone[name] = "frozen by batchnorm.freeze"
         elif skip_eval and not module.training:
             left_alone[name] = "in eval mode (skip_eval=True)"
         else:

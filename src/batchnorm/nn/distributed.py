@@ -260,13 +260,13 @@ class UnlessEmpty:
     def running(self) -> Running | None:
         return self._sink if isinstance(self._sink, Running) else self._sink.running
 
-    def take(self, found: Moments) -> None:
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
         if self._exchange.empty:
             return
         if isinstance(self._sink, Running):
-            self._sink.update(found)
+            self._sink.update(found, where)
         else:
-            self._sink.take(found)
+            self._sink.take(found, where)
 
 
 def exchange(
