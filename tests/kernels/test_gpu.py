@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.kernels import gpu
 from batchnorm.kernels.contract import Running
-from batchnorm.kernels.gpu import plan
+from batchnorm.kernels.gpu import plan, tuning
 from batchnorm.kernels.gpu.plan import Plan, Problem, cut
 from conformance import DEVICES, EPS, MARGIN, MOMENTUM, NAMES, Case, expected_of, inputs_of, placed, skip_unless
 from test_conformance import check_phases, check_public
@@ -28,11 +28,11 @@ GUARD = 12345.0
 
 # Small: the interpreter takes some 10 ms for each tile of each program.
 CASES = (
-    Case(shape=(3, 5, 13, 1)),
+    Case(shape=(3, 5, 13, 1), activation="relu", training=False),
     Case(shape=(2, 6, 5, 3), dtype=torch.bfloat16, layout="channels_last", activation="relu", residual="full"),
     Case(shape=(4, 5, 7), dtype=torch.float16, places="mask and weights", activation="leaky_relu"),
     Case(shape=(19, 3), dtype=torch.bfloat16, parameters="float32", places="mask of places", activation="relu"),
-    Case(shape=(2, 3, 7, 5), values="mean 1e6", residual="full", activation="relu", training=False),
+    Case(shape=(2, 3, 7, 5), values="mean 1e6", residual="full", activation="relu"),
     Case(shape=(2, 1, 49), values="constant channel", affine="none", layout="sliced"),
 )
 
@@ -110,6 +110,11 @@ def test_the_running_update_is_in_the_launch(monkeypatch: pytest.MonkeyPatch, la
         expected.check("running_var", running.var, "in the launch")
         assert batches.item() == 42
         assert all(t._version > v for t, v in zip((running.mean, running.var, batches), versions, strict=True))
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward", "moments", "normalize", "sums", "input"])
+def test_what_tuning_measures_runs(operation: str) -> None:
+    tuning._call(Problem(operation, 1, 3, 2, 5, torch.bfloat16, torch.device(DEVICES["gpu"])))()
 
 
 def test_an_outlier_in_front_costs_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:

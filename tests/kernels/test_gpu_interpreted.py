@@ -27,7 +27,7 @@ def run(*arguments: str, timeout: float) -> str:
 
 
 def test_the_kernels_in_the_interpreter() -> None:
-    assert " passed" in run("tests/kernels/test_gpu.py", timeout=280)
+    assert " passed" in run("-x", "tests/kernels/test_gpu.py", timeout=280)
 
 
 @pytest.mark.slow
