@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm
 from batchnorm.nn.domains import buffers_of
 from batchnorm.nn.followers import followers
-from batchnorm.nn.running import Accumulated, Destination, Stage
+from batchnorm.nn.running import Accumulated, Destination, Join, Stage
 
 Place = tuple[BatchNorm, str | None]
 """A layer and one of its domains; None where it has no domains."""
@@ -253,10 +253,10 @@ class Staging:
             outer = self._before[layer]
             self.targets[layer, domain] = buffers if outer is None else outer.slots[domain]
 
-    def begin(self, destinations: Mapping[Place, Destination]) -> None:
+    def begin(self, destinations: Mapping[Place, Destination], join: Join | None = None) -> None:
         for layer in self._before:
             slots = {domain: to for (of, domain), to in destinations.items() if of is layer}
-            self._stages[layer] = layer.__dict__["_staged"] = Stage(slots)
+            self._stages[layer] = layer.__dict__["_staged"] = Stage(slots, join)
 
     def end(self) -> None:
         """The destinations of before; may be called again."""

@@ -22,7 +22,7 @@ from batchnorm.nn.distributed import Ranks, TooFewAcrossRanks, exchange
 from batchnorm.nn.domains import bring_home
 from batchnorm.nn.foreign import Absent
 from batchnorm.nn.frozen import has_frozen_statistics
-from batchnorm.nn.running import Accumulated, Guarded, Stage, at_least_float32, destination
+from batchnorm.nn.running import Accumulated, Guarded, Stage, Whole, at_least_float32, destination
 
 if TYPE_CHECKING:
     from batchnorm.nn.distributed import GroupLike
@@ -203,13 +203,17 @@ class BatchNorm(_BatchNorm):
         training, eps = self.training, self.eps
         by_batch = training or (mean is None and var is None)
         followed = training and self.track_running_stats
-        over = None
+        ranks = None
         if self._ranks is not None and training:
             if torch.compiler.is_compiling():
                 # Made here: importing the compiler takes seconds.
                 y: Tensor = torch.compiler.disable(self._normalize)(input, residual, mask, sample_weight)
                 return y
-            over = exchange(self, self._ranks, input, mask, sample_weight)
+            ranks = exchange(self, self._ranks, input, mask, sample_weight)
+        over: Whole | None = ranks
+        stage: Stage | None = self._staged
+        if stage is not None and stage.join is not None and by_batch:
+            over = stage.join(self, input, ranks)
         whole = over is None
         if by_batch and whole and self.too_few == "running" and self._has_too_few(input) and mean is not None:
             by_batch = followed = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinite
 from batchnorm.errors import AutogradError, expected
+from batchnorm.functional import Batch
 from batchnorm.kernels import plain
 from batchnorm.kernels.contract import Running
 from batchnorm.moments import Moments
@@ -37,6 +39,9 @@ def following(
         return Running(mean, var, 1.0 / (batches + 1).to(mean.dtype), batches)
     return Running(mean, var, 1.0 / (int(batches) + 1), batches)
 
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import Exchange
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -137,15 +142,29 @@ Destination = Buffers | Accumulated
 """What a layer's batches go to. ``copy`` gives another one, ``assign`` takes a copy's values over."""
 
 
+class Whole(Protocol):
+    """A batch of which one forward sees only a part."""
+
+    def seen_by(self, statistics: Batch) -> Batch:
+        """The statistics of a training forward, taken over the whole batch."""
+
+
+Join = Callable[[Any, Tensor, "Exchange | None"], Whole]
+"""From a layer, its input and what joins it with other ranks to the batch that the input is a part of."""
+
+
 class Stage:
     """What stands between a layer and its buffers inside a block: a destination for each set of statistics.
+
+    With ``join``, what a forward is given is part of a larger batch, by whose statistics it is normalized.
 
     It lives on the layer as ``_staged``. A copy of the layer that is made inside the block is not part of the block:
     there ``_staged`` is None.
     """
 
-    def __init__(self, slots: dict[str | None, Destination]) -> None:
+    def __init__(self, slots: dict[str | None, Destination], join: Join | None = None) -> None:
         self.slots = slots
+        self.join = join
 
     def __deepcopy__(self, memo: object) -> None:
         return None
