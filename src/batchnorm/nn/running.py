@@ -43,6 +43,9 @@ def following(
 if TYPE_CHECKING:
     from batchnorm.nn.distributed import Exchange
 
+_graph_task = torch._C._current_graph_task_id
+_is_tracing = torch.compiler.is_dynamo_compiling
+
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -181,11 +184,15 @@ def destination(
     Nowhere in a backward: a forward that runs there is the recomputation of an activation checkpoint, and its batch
     was counted the first time. ``torch.compile`` recomputes what it checkpoints without this function.
     """
-    if not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1:
+    # Each look-up counts here, as in all that a forward of a small batch goes through.
+    if not _is_tracing() and _graph_task() != -1:
         return _recomputed(mean, var, layer.momentum, batches)
     stage: Stage | None = layer._staged
     if stage is None:
-        return following(mean, var, layer.momentum, batches)
+        momentum = layer.momentum
+        if momentum is None or mean is None or var is None:
+            return following(mean, var, momentum, batches)
+        return Running(mean, var, momentum, batches)
     slot = stage.slots.get(layer._domain)
     return None if slot is None else slot.sink(layer.momentum)
 
