@@ -90,12 +90,13 @@ def exact_accumulation(
     modules = [f for f in (*functions, loss_fn) if isinstance(f, nn.Module)]
     layers = _layers(modules)
     weights = _weights([inputs for inputs, _ in batches], reduction)
-    chain = _Chain(functions, len(batches))
+    devices = _devices(modules, batches)
+    chain = _Chain(functions, len(batches), devices)
     staging = Staging("exact_accumulation", layers)
     with _Gradients(modules) as gradients:
         with (
             without_compiled_graphs(), torch.enable_grad(), _no_strangers(set(layers)),
-            _random_numbers_put_back(modules, batches),
+            torch.random.fork_rng(devices),
         ):  # fmt: skip
             try:
                 staging.begin({}, chain.on_use)
@@ -112,9 +113,12 @@ def exact_accumulation(
 class _Chain:
     """The blocks, one after the other."""
 
-    def __init__(self, functions: list[Callable[[Any], Any]], micro_batches: int) -> None:
+    def __init__(self, functions: list[Callable[[Any], Any]], micro_batches: int, devices: list[int]) -> None:
         seeds = torch.randint(0, 2**62, (len(functions), micro_batches), device="cpu").tolist()
-        self._blocks = [Block(f, each, first=i == 0) for i, (f, each) in enumerate(zip(functions, seeds, strict=True))]
+        generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+        self._blocks = [
+            Block(f, each, generators, first=i == 0) for i, (f, each) in enumerate(zip(functions, seeds, strict=True))
+        ]
         self._current = self._blocks[0]
 
     def on_use(self, layer: BatchNorm, x: Tensor, over: Exchange | None) -> Part:
@@ -213,8 +217,17 @@ def _layers(modules: list[nn.Module]) -> list[BatchNorm]:
                 if not isinstance(layer, BatchNorm):
                     got, todo = f"torch.nn's {described(layer)}", "Call batchnorm.convert(model)."
                     raise ArgumentError(expected("exact_accumulation", "layers of this library", got, todo))
+                refused = sorted(_REFUSED & layer._extras().keys())
+                if refused:
+                    got, todo = f"{described(layer)} with {refused[0]}", "Leave it away."
+                    invariant = "layers that normalize by the statistics of the whole batch"
+                    raise ArgumentError(expected("exact_accumulation", invariant, got, todo))
                 found[layer] = None
     return list(found)
+
+
+_REFUSED = {"virtual_batch_size", "renorm"}
+"""Options by which a batch is not normalized by its own statistics alone."""
 
 
 def _by_batch(layer: nn.Module) -> bool:
@@ -239,12 +252,10 @@ def _no_strangers(layers: set[BatchNorm]) -> Iterator[None]:
         hook.remove()
 
 
-@contextmanager
-def _random_numbers_put_back(modules: list[nn.Module], batches: list[Any]) -> Iterator[None]:
+def _devices(modules: list[nn.Module], batches: list[Any]) -> list[int]:
+    """The GPUs that are used."""
     tensors = [*(p for module in modules for p in module.parameters()), *tree_flatten(batches)[0]]
-    devices = sorted({t.get_device() for t in tensors if isinstance(t, Tensor) and t.is_cuda})
-    with torch.random.fork_rng(devices):
-        yield
+    return sorted({t.get_device() for t in tensors if isinstance(t, Tensor) and t.is_cuda})
 
 
 def _parts(batch: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -43,14 +43,18 @@ class Block:
     Arguments:
         function: the block
         seeds: of its random numbers, one a micro-batch
+        generators: that give them, of each device
         first: of the chain: only there the inputs say themselves whether they require grad
     """
 
-    def __init__(self, function: Callable[[Any], Any], seeds: list[int], *, first: bool) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], seeds: list[int], generators: list[torch.Generator], *, first: bool
+    ) -> None:
         self.uses: list[Use] = []
         self._function = function
         self._first = first
         self._seeds = seeds
+        self._generators = generators
         self._inputs: list[Any] = []
         self._reads_only = False
         # Of the run at hand: the norms reached, their inputs, and what was found where it was cut.
@@ -160,7 +164,8 @@ class Block:
 
     def _run(self, i: int, value: Any) -> Any:
         self._reached, self._moments, self._sums = [], None, None
-        torch.manual_seed(self._seeds[i])
+        for generator in self._generators:  # not torch.manual_seed, which takes milliseconds
+            generator.manual_seed(self._seeds[i])
         torch.clear_autocast_cache()  # a weight that was cast without a graph has none
         if self._reads_only:
             output = self._function(value)
