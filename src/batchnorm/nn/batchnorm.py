@@ -73,14 +73,15 @@ class BatchNorm(_BatchNorm):
             alone. Without an initialized group, with one rank and in eval mode nothing is exchanged. See
             docs/distributed.md
 
-    Running statistics stay float32 when the model is cast to half precision. A batch without values
-    changes nothing, not even the counter.
+    Running statistics stay float32 when the model is cast to half precision. An empty batch changes nothing, not
+    even the counter. A forward inside a backward pass does not move them: it is taken for the second run of an
+    activation checkpoint. docs/when_statistics_move.md says how to defer, accumulate or freeze them.
 
-    Tools that read a layer's attributes and build another one from them know torch's arguments only.
+    Tools that build another layer from a layer's attributes know torch's arguments only.
     ``SyncBatchNorm.convert_sync_batchnorm`` raises if there are extras (``batchnorm.convert`` with a process group
     keeps them).
-    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation``
-    and the other extras are lost without a word. Use ``batchnorm.fold``, or layers without extras.
+    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` give us no way to raise: they drop an
+    ``activation`` and the other extras silently. Use ``batchnorm.fold``, or layers without extras.
 
     Shape:
         input (N, C, ...) and output alike; the dtype is kept, and so is the channels_last memory format

@@ -24,9 +24,8 @@ def following(
 ) -> Running | None:
     """The running statistics with the weight that the next batch gets; None where there are none to update.
 
-    Exponential with a momentum: the weight is the momentum. Cumulative with ``momentum=None``: the k-th batch
-    has weight 1/k, so that all count alike. Without a counter nothing can be cumulated and the weight is 0, as
-    in torch.
+    With a momentum, that is the weight (an exponential average). With ``momentum=None`` the k-th batch has weight 1/k,
+    so that all batches count equally (a cumulative average). Without a counter the weight is then 0, as in torch.
     """
     if mean is None or var is None:
         return None
@@ -141,7 +140,57 @@ class Accumulated:
         return self._count, self._mean, self._m2
 
 
-Destination = Buffers | Accumulated
+class Deferred:
+    """A copy of another destination, to which batches go until it is committed.
+
+    It is brought up to date at the first batch, as buffers may have changed by then: DistributedDataParallel sends
+    those of the first rank to the others in front of each forward.
+    """
+
+    def __init__(self, target: Destination) -> None:
+        self._target = target
+        self._before, self._values = target.copy(), target.copy()
+        self.used = False
+        """Whether a batch has come since the beginning, or since the last commit."""
+
+    def sink(self, momentum: float | None) -> Running | Accumulated:
+        """What the next batch is written to."""
+        self._begin()
+        return self._values.sink(momentum)
+
+    def _begin(self) -> None:
+        if self.used:
+            return
+        target = self._target
+        if isinstance(target, Deferred):
+            target._begin()
+            target = target._values
+        self._before.assign(target)  # type: ignore[arg-type]
+        self._values.assign(target)  # type: ignore[arg-type]
+        self.used = True
+
+    def is_outdated(self) -> Tensor:
+        """A bool of shape (): whether the target is no longer what the copy was made from."""
+        return self._target.differs_from(self._before)  # type: ignore[arg-type]
+
+    def commit(self) -> None:
+        """Write the values to the target."""
+        self._target.assign(self._values)  # type: ignore[arg-type]
+
+    def copy(self) -> Buffers | Accumulated:
+        """The same values in tensors of their own."""
+        return self._values.copy()
+
+    def assign(self, values: Buffers | Accumulated) -> None:
+        """Take over the values of a copy."""
+        self._values.assign(values)  # type: ignore[arg-type]
+
+    def differs_from(self, values: Buffers | Accumulated) -> Tensor:
+        """A bool of shape (): whether any value is another, NaN being equal to NaN."""
+        return self._values.differs_from(values)  # type: ignore[arg-type]
+
+
+Destination = Buffers | Accumulated | Deferred
 """What a layer's batches go to. ``copy`` gives another one, ``assign`` takes a copy's values over."""
 
 
@@ -157,12 +206,12 @@ Join = Callable[[Any, Tensor, "Exchange | None"], Whole]
 
 
 class Stage:
-    """What stands between a layer and its buffers inside a block: a destination for each set of statistics.
+    """Where a layer's batches go inside a block: a destination for each set of statistics.
 
-    With ``join``, what a forward is given is part of a larger batch, by whose statistics it is normalized.
+    With ``join``, each input is part of a larger batch and is normalized by the statistics of that batch.
 
-    It lives on the layer as ``_staged``. A copy of the layer that is made inside the block is not part of the block:
-    there ``_staged`` is None.
+    It is the layer's ``_staged``. A copy of the layer made inside the block does not belong to the block: its
+    ``_staged`` is None.
     """
 
     def __init__(self, slots: dict[str | None, Destination], join: Join | None = None) -> None:
@@ -179,10 +228,10 @@ class Stage:
 def destination(
     layer: Any, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
 ) -> Running | Accumulated | None:
-    """Where the moments of the layer's next batch go; None where they go nowhere.
+    """Where the moments of the layer's next batch go; None if nowhere.
 
-    Nowhere in a backward: a forward that runs there is the recomputation of an activation checkpoint, and its batch
-    was counted the first time. ``torch.compile`` recomputes what it checkpoints without this function.
+    Nowhere inside a backward pass: a forward there is the second run of an activation checkpoint, and its batch was
+    counted in the first. ``torch.compile`` decides it at run time, see ``operators.train``.
     """
     # Each look-up counts here, as in all that a forward of a small batch goes through.
     if not _is_tracing() and _graph_task() != -1:
@@ -200,10 +249,10 @@ def destination(
 def _recomputed(
     mean: Tensor | None, var: Tensor | None, momentum: float | None, batches: Tensor | None
 ) -> Running | None:
-    """None, or under a dispatch mode statistics that nobody reads.
+    """None, or under a dispatch mode statistics that are thrown away.
 
-    Selective checkpointing counts the operations of the first forward and gives back their results by number: there
-    the same operations have to run again.
+    Selective checkpointing numbers the operations of the first forward and replays their results by number, so the
+    same operations have to run again.
     """
     if mean is None or var is None or not torch._C._len_torch_dispatch_stack():
         return None
