@@ -23,6 +23,8 @@ from batchnorm.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    Renorm,
+    mask_from_lengths,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "Renorm",
     "accumulate_statistics",
     "convert",
     "defer_updates",
@@ -57,6 +60,7 @@ __all__ = [
     "freeze",
     "functional",
     "keep_domain",
+    "mask_from_lengths",
     "recalibrate",
     "revert",
     "unfreeze",

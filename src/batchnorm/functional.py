@@ -15,7 +15,7 @@ from batchnorm.errors import AutogradError, expected
 from batchnorm.kernels import composite, layout
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.contract import Kernel, Running, count_of, moments_from
+from batchnorm.kernels.contract import Kernel, Running, count_of, enough, moments_from
 from batchnorm.kernels.seams import PLAIN, Seams
 from batchnorm.moments import Moments
 
@@ -267,8 +267,9 @@ def run(
     running = sink if isinstance(sink, Running) or sink is None else sink.running
     written = () if running is None else (running.mean, running.var, running.batches)
     kernel = kernels.choose(
-        x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight
-    )
+        x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight,
+        groups=seams.groups,
+    )  # fmt: skip
     if kernel is None:
         return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
     found = None
@@ -282,15 +283,14 @@ def run(
             running=fused,
         )  # fmt: skip
     else:
-        stats = None
-        y, found, _ = phases.forward(
+        y, stats, found, _ = phases.forward(
             kernel, x, weight, bias, eps, seams, residual=residual, activation=activation, mask=mask,
             sample_weight=sample_weight,
         )  # fmt: skip
     if sink is not None and sink is not fused:
         if found is None:
             assert stats is not None
-            found = moments_from(stats, count_of(x, mask, sample_weight))
+            found = moments_from(stats, count_of(x, mask, sample_weight, seams.groups))
         _give(sink, found)
     return y
 
@@ -342,7 +342,7 @@ def _composite(
         return y if out is None else out.copy_(y)
     wide, found = composite.normalized(
         x, weight, bias, eps, population=population, residual=residual, activation=activation, mask=places.mask,
-        sample_weight=places.sample_weight, reducer=seams.reducer, correct=seams.correct,
+        sample_weight=places.sample_weight, reducer=seams.reducer, correct=seams.correct, groups=seams.groups,
     )  # fmt: skip
     y = wide.to(x.dtype)
     if out is not None:
@@ -350,7 +350,8 @@ def _composite(
     if not torch._C._are_functorch_transforms_active():  # there strides are an inner matter
         y = y.contiguous(memory_format=layout.format_of(x))
     if sink is not None and found is not None:
-        _give(sink, found.detach())
+        # Too few present values move nothing: masks were not looked at here.
+        _give(sink, found.detach(), where=None if places == EVERYWHERE else enough(found.pooled()))
     return y
 
 
@@ -381,10 +382,14 @@ def _standard(
     )  # fmt: skip
 
 
-def _give(sink: Running | Sink, found: Moments) -> None:
-    take = sink.update if isinstance(sink, Running) else sink.take
+def _give(sink: Running | Sink, found: Moments, *, where: Tensor | None = None) -> None:
+    """Hand the moments over, those of groups as one; nothing moves where the bool ``where`` is False."""
+    found = found.pooled()
     try:
-        take(found)
+        if isinstance(sink, Running):
+            sink.update(found, where)
+        else:
+            sink.take(found, where)
     except RuntimeError as error:
         if not torch._C._are_functorch_transforms_active() or isinstance(error, AutogradError):
             raise
@@ -416,13 +421,9 @@ def _by_operators(
         y: Tensor = operators.infer(x, *statistics, weight, bias, residual, mask, *options)
         return y if out is None else out.copy_(y)
     y, stats, counts = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
-    sink = statistics.sink
-    if sink is not None:
+    if statistics.sink is not None:
         found = moments_from(stats, count_of(x, mask, sample_weight))
-        if isinstance(sink, Running):
-            sink.update(found, where=counts)
-        else:
-            sink.take(found, where=counts)
+        _give(statistics.sink, found, where=counts if places == EVERYWHERE else counts & enough(found))
     return y
 
 

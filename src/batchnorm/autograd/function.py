@@ -42,7 +42,7 @@ class Call:
     running: Running | None = None  # updated by the forward
     seams: Seams = PLAIN
     stats: Tensor | None = None  # found by the forward in training: mean and biased variance, (2, channels)
-    found: Moments | None = None  # the same of the whole batch, where a seam was taken
+    found: Moments | None = None  # the moments behind ``stats``, where a step came between statistics and use
     correction: tuple[Tensor, Tensor] | None = None  # r and d of the forward, constants
     bias: Tensor | None = None  # beside what autograd saves: backward does not look at its values, and they may change
 
@@ -62,12 +62,11 @@ class BatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         activation, mask, kernel = call.activation, call.mask, call.kernel
         if call.seams is not PLAIN:
-            y, found, call.correction = phases.forward(
+            y, stats, call.found, call.correction = phases.forward(
                 kernel, x, weight, bias, call.eps, call.seams, residual=residual, activation=activation, mask=mask,
                 sample_weight=sample_weight,
             )  # fmt: skip
-            call.found = found
-            stats = torch.stack((found.mean, found.variance()))
+            call.stats = stats
         elif call.population is None:
             y, stats = kernel.forward(
                 x, weight, bias, call.eps, residual=residual, activation=activation, mask=mask,
@@ -113,17 +112,17 @@ class BatchNormFunction(torch.autograd.Function):
         if x is None:
             # Inference, frozen: the gradient looks at dy and at the sign of y, never at the values of x.
             x = dy
-        if call.seams is not PLAIN:
-            assert call.found is not None
+        if call.found is not None:
             phased = phases.backward(
                 call.kernel, dy, x, stats, call.found.count, call.eps, weight, bias, reducer=call.seams.reducer,
-                correction=call.correction, residual=residual, y=y, activation=call.activation, mask=mask,
-                sample_weight=sample_weight, needs=NEEDS[needs_grad[:4]],
+                correction=call.correction, groups=call.seams.groups, residual=residual, y=y,
+                activation=call.activation, mask=mask, sample_weight=sample_weight, needs=NEEDS[needs_grad[:4]],
             )  # fmt: skip
             return (*phased, None, None)
         grads = call.kernel.backward(
             dy, x, stats, call.eps, weight, bias, training=call.population is None, residual=residual, y=y,
             activation=call.activation, mask=mask, sample_weight=sample_weight, needs=NEEDS[needs_grad[:4]],
+            groups=call.seams.groups,
         )  # fmt: skip
         return (*grads, None, None)
 
@@ -178,6 +177,7 @@ def _through_graph(
             x, weight, bias, call.eps, population=population, residual=None if linear else residual,
             activation=IDENTITY if linear else call.activation, mask=mask, sample_weight=sample_weight,
             reducer=call.seams.reducer, correct=None if correction is None else lambda _: correction,
+            groups=call.seams.groups,
         )  # fmt: skip
         dy = dy.to(z.dtype)
         if linear:

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.kernels import eager, layout
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.contract import Kernel, Needs, kept
+from batchnorm.kernels.contract import Kernel, Needs, count_of, kept
 from batchnorm.moments import statistics_dtype
 
 
@@ -41,7 +41,11 @@ def train(
     kernel = _kernel(x, weight, bias, residual, activation=act, mask=mask, sample_weight=sample_weight)
     y, stats = kernel.forward(
         x, weight, bias, eps, residual=residual, activation=act, mask=mask, sample_weight=sample_weight
-    )  # fmt: skip
+    )
+    count = count_of(x, mask, sample_weight)
+    if isinstance(count, Tensor):
+        # The mask's values were not checked: a channel may have none, and its variance would be 0/0.
+        stats = torch.where(count > 0, stats, 0.0)
     return y, stats, x.new_full((), torch._C._current_graph_task_id() == -1, dtype=torch.bool)
 
 
@@ -132,6 +136,36 @@ def _(
         torch.empty_like(bias) if needs[2] and bias is not None else x.new_empty(0),
         seen.empty(x) if needs[3] else x.new_empty(0),
     )
+
+
+def correction(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    r_max: Tensor,
+    d_max: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """r and d of batch renormalization (``nn.renorm``), from mean and biased variance; without a derivative."""
+    wide = mean.dtype
+    std = torch.sqrt(running_var.to(wide) + eps)
+    r = torch.sqrt(var + eps) / std
+    d = (mean - running_mean.to(wide)) / std
+    return torch.minimum(torch.maximum(r, 1 / r_max), r_max), torch.minimum(torch.maximum(d, -d_max), d_max)
+
+
+recorded_correction = torch.library.custom_op("batchnorm::correction", mutates_args=())(correction)
+"""The same as one operator.
+
+A compiler computes ordinary operations again in backward where that saves memory. There it would read running
+statistics that forward has moved since.
+"""
+
+
+@recorded_correction.register_fake
+def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
 
 
 def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

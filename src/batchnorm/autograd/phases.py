@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.contract import Kernel, Needs
+from batchnorm.kernels.contract import Groups, Kernel, Needs
 from batchnorm.kernels.seams import Reducer, Seams, corrected
 from batchnorm.moments import Moments
 
@@ -23,17 +23,28 @@ def forward(
     activation: Activation,
     mask: Tensor | None,
     sample_weight: Tensor | None,
-) -> tuple[Tensor, Moments, tuple[Tensor, Tensor] | None]:
-    """y, the moments that it was normalized by, and the correction r and d where there is one."""
-    batch = kernel.moments(x, mask=mask, sample_weight=sample_weight)
+) -> tuple[Tensor, Tensor, Moments | None, tuple[Tensor, Tensor] | None]:
+    """y; mean and variance that it was normalized by, stacked; their moments, and the correction r and d, if any.
+
+    Groups alone leave nothing to do between statistics and use: that is the fused kernel, which gives no moments.
+    """
+    groups = seams.groups
+    if seams.reducer is None and seams.correct is None:
+        y, stats = kernel.forward(
+            x, weight, bias, eps, residual=residual, activation=activation, mask=mask, sample_weight=sample_weight,
+            groups=groups,
+        )  # fmt: skip
+        return y, stats, None, None
+    batch = kernel.moments(x, mask=mask, sample_weight=sample_weight, groups=groups)
     if seams.reducer is not None:
         batch = seams.reducer.moments(batch)
     correction = None if seams.correct is None else seams.correct(batch)
     weight, bias = corrected(weight, bias, correction, x.dtype)
+    stats = torch.stack((batch.mean, batch.variance()))
     y = kernel.normalize(
-        x, batch.mean, batch.variance(), eps, weight, bias, residual=residual, activation=activation, mask=mask
+        x, stats[0], stats[1], eps, weight, bias, residual=residual, activation=activation, mask=mask, groups=groups
     )  # fmt: skip
-    return y, batch, correction
+    return y, stats, batch, correction
 
 
 def backward(
@@ -41,13 +52,14 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    count: Tensor,
+    count: Tensor | float,
     eps: float,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
     reducer: Reducer | None,
     correction: tuple[Tensor, Tensor] | None,
+    groups: Groups | None,
     residual: Tensor | None,
     y: Tensor | None,
     activation: Activation,
@@ -63,12 +75,14 @@ def backward(
     mean, var = stats
     scale, offset = corrected(weight, bias, correction, x.dtype)
     local = kernel.backward_sums(
-        dy, x, mean, var, eps, scale, offset, residual=residual, y=y, activation=activation, mask=mask
+        dy, x, mean, var, eps, scale, offset, residual=residual, y=y, activation=activation, mask=mask, groups=groups
     )  # fmt: skip
     dbias, dweight = local
     if correction is not None:
         r, d = correction
         dweight = r * dweight + d * dbias
+    if groups is not None:
+        dbias, dweight = dbias.sum(0), dweight.sum(0)
     dx = dresidual = None
     passed_on = needs.residual and activation.name == "identity" and mask is None
     asked = Needs(needs.x, False, False, needs.residual and not passed_on)
@@ -78,7 +92,7 @@ def backward(
     if asked.x or asked.residual:
         dx, dresidual = kernel.backward_input(
             dy, x, mean, var, eps, scale, offset, local, count, residual=residual, y=y, activation=activation,
-            mask=mask, sample_weight=sample_weight, needs=asked,
+            mask=mask, sample_weight=sample_weight, needs=asked, groups=groups,
         )  # fmt: skip
     return (
         dx,

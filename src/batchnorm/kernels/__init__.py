@@ -24,7 +24,7 @@ from batchnorm.errors import BackendError, DtypeError, expected
 from batchnorm.kernels import plain
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.contract import Kernel
+from batchnorm.kernels.contract import Groups, Kernel
 
 # Fastest first. The last one serves all plain tensors.
 BACKENDS: dict[str, str] = {"cpu": "batchnorm.kernels.cpu", "eager": "batchnorm.kernels.eager"}
@@ -61,6 +61,7 @@ def choose(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Kernel | None:
     """The fastest backend that serves this call; None where it has to be made of ordinary operations.
 
@@ -70,11 +71,11 @@ def choose(
         BackendError: a backend was named outright that is unknown or cannot serve; the message names those that can
     """
     if ENVIRONMENT is not None or _named.get() is not None:
-        return _named_backend(_named.get() or _from_environment(), x, beside, activation, mask, sample_weight)
+        return _named_backend(_named.get() or _from_environment(), x, beside, activation, mask, sample_weight, groups)
     if not plain.is_plain(x, mask, sample_weight, *beside):
         return None
     for kernel in _importable():
-        if kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight) is None:
+        if kernel.supports(x, activation=activation, mask=mask, sample_weight=sample_weight, groups=groups) is None:
             return kernel
     raise AssertionError("the last backend serves every plain tensor")
 
@@ -86,12 +87,13 @@ def _named_backend(
     activation: Activation,
     mask: Tensor | None,
     sample_weight: Tensor | None,
+    groups: Groups | None,
 ) -> Kernel | None:
     assert name is not None
     if name == COMPOSITE:
         return None
     others = {f"tensor {i} beside it": t for i, t in enumerate(beside)}
-    reasons = _reasons(x, activation, mask, sample_weight, others)
+    reasons = _reasons(x, activation, mask, sample_weight, others, groups)
     if reasons[name] is not None:
         able = [n for n, reason in reasons.items() if reason is None]
         todo = f"Name one of {able}, or none to let the library choose."
@@ -199,6 +201,7 @@ def _reasons(
     mask: Tensor | None,
     sample_weight: Tensor | None,
     others: dict[str, Tensor | None],
+    groups: Groups | None = None,
 ) -> dict[str, str | None]:
     """Why each backend cannot serve, None for those that can."""
     not_plain = plain.why_not(**{"the input": x, "the mask": mask, "sample_weight": sample_weight, **others})
@@ -209,7 +212,7 @@ def _reasons(
             reasons[name] = kernel
         else:
             reasons[name] = not_plain or kernel.supports(
-                x, activation=activation, mask=mask, sample_weight=sample_weight
+                x, activation=activation, mask=mask, sample_weight=sample_weight, groups=groups
             )
     return reasons | {COMPOSITE: None}
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.contract import Groups
 from batchnorm.moments import Moments
 
 
@@ -29,7 +30,7 @@ class Correct(Protocol):
     """Constants r and d in y = ((x − mean)/√(var + eps)·r + d)·weight + bias."""
 
     def __call__(self, batch: Moments) -> tuple[Tensor, Tensor]:
-        """r and d, each (channels,), from the moments of the batch; no gradient flows through them."""
+        """r and d, of the shape of the moments' tensors; no gradient flows through them."""
 
 
 class Seams(NamedTuple):
@@ -37,6 +38,7 @@ class Seams(NamedTuple):
 
     reducer: Reducer | None = None
     correct: Correct | None = None
+    groups: Groups | None = None
 
 
 PLAIN = Seams()

@@ -14,7 +14,7 @@ from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinit
 from batchnorm.errors import AutogradError, expected
 from batchnorm.functional import Batch
 from batchnorm.kernels import plain
-from batchnorm.kernels.contract import Running
+from batchnorm.kernels.contract import Running, enough
 from batchnorm.moments import Moments
 from batchnorm.nn.naming import described
 
@@ -275,11 +275,15 @@ class Guarded:
         return self.into.running if isinstance(self.into, Accumulated) else self.into
 
     def take(self, found: Moments, where: Tensor | None = None) -> None:
-        """Follow the batch if it is finite, else leave everything as it is or raise."""
+        """Follow the batch if it is finite, else leave everything as it is or raise.
+
+        Not where the bool ``where`` is False. A batch whose mask left too few values, which was not checked under a
+        compiler, is not followed either.
+        """
+        counted = enough(found) if where is None else enough(found) & where
         if self.policy == "skip":
             if self.into is not None:
-                finite = finite_channels(found, self.running).all()
-                self.into.update(found, where=finite if where is None else finite & where)
+                self.into.update(found, where=finite_channels(found, self.running).all() & counted)
             return
         bad = self._nonfinite(found)
         if bad:
@@ -287,7 +291,7 @@ class Guarded:
             batches = None if running is None else running.batches
             raise_nonfinite(described(self.layer), bad, None if batches is None else int(batches) + 1)
         if self.into is not None:
-            self.into.update(found, where)
+            self.into.update(found, where=counted)
 
     def _nonfinite(self, found: Moments) -> list[int]:
         if found.mean.is_meta:

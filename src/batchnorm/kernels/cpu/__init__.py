@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.kernels.contract import INPUT_ONLY, Needs, Running, count_of, moments_from
+from batchnorm.kernels.contract import INPUT_ONLY, Groups, Needs, Running, count_of, moments_from
 from batchnorm.kernels.cpu import plan, wide_range
 from batchnorm.kernels.cpu.block import pack_what
 from batchnorm.moments import Moments
@@ -41,12 +41,15 @@ def supports(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> str | None:
     """None where the compiled kernels serve, or why they do not."""
     if not x.is_cpu:
         return f"runs on the CPU, the input is on {x.device}"
     if x.dtype not in plan.DTYPES:
         return f"no kernel for {x.dtype}"
+    if groups is not None:
+        return "groups are not compiled here"
     if x.numel() == 0:
         return "nothing to do for an input without values"
     if activation.name not in plan.ACTIVATIONS:
@@ -60,7 +63,9 @@ def supports(
     return None
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
+def moments(
+    x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None, groups: Groups | None = None
+) -> Moments:
     masked = mask is not None or sample_weight is not None
     p = plan.find("MOMENTS", x, masked=masked)
     x = p.readable("x", x) if p.copied else x
@@ -90,6 +95,7 @@ def normalize(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     if out is not None and out.data_ptr() == x.data_ptr() and wide_range.is_far(x, mean, var):
         return out.copy_(
@@ -134,6 +140,7 @@ def forward(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     running: Running | None = None,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     weight, bias, parameter = _parameters(weight, bias)
     running_mean = running_var = batches = None
@@ -189,6 +196,7 @@ def backward_sums(
     y: Tensor | None = None,
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
@@ -228,6 +236,7 @@ def backward_input(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     needs: Needs = INPUT_ONLY,
+    groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     if sums is None:
         stats = torch.stack((mean, var))
@@ -283,6 +292,7 @@ def backward(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     needs: Needs,
+    groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     weight, bias, parameter = _parameters(weight, bias)
     passed_on = None
