@@ -362,6 +362,10 @@ def test_each_misuse_has_its_message() -> None:
             "list(model)."),
         (nn.Sequential(nn.BatchNorm1d(3)), [x], square, {}, "expected layers of this library, got torch.nn's 0 "
             "(BatchNorm1d). Call batchnorm.convert(model)."),
+        ([bn.BatchNorm1d(3, virtual_batch_size=2)], [x], square, {}, "expected layers that normalize by the "
+            "statistics of the whole batch, got BatchNorm1d with virtual_batch_size. Leave it away."),
+        ([bn.BatchNorm1d(3, renorm=bn.Renorm())], [x], square, {}, "expected layers that normalize by the statistics "
+            "of the whole batch, got BatchNorm1d with renorm. Leave it away."),
         ([lambda x: norm(x)], [x], square, {}, "expected batch norms that the blocks hold, got 1 (BatchNorm1d), which "
             "none of the blocks holds. Give the module itself as a block, not a function that calls it."),
         (checkpointed, [x], square, {}, "expected blocks without activation checkpoints, got one around 0 "

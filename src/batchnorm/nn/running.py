@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinite
-from batchnorm.errors import AutogradError, expected
+from batchnorm.errors import AutogradError, StateError, expected
 from batchnorm.functional import Batch
 from batchnorm.kernels import plain
 from batchnorm.kernels.contract import Running, enough
@@ -235,7 +235,7 @@ def destination(
     """
     # Each look-up counts here, as in all that a forward of a small batch goes through.
     if not _is_tracing() and _graph_task() != -1:
-        return _recomputed(mean, var, layer.momentum, batches)
+        return _recomputed(layer, mean, var, batches)
     stage: Stage | None = layer._staged
     if stage is None:
         momentum = layer.momentum
@@ -246,19 +246,24 @@ def destination(
     return None if slot is None else slot.sink(layer.momentum)
 
 
-def _recomputed(
-    mean: Tensor | None, var: Tensor | None, momentum: float | None, batches: Tensor | None
-) -> Running | None:
+def _recomputed(layer: Any, mean: Tensor | None, var: Tensor | None, batches: Tensor | None) -> Running | None:
     """None, or under a dispatch mode statistics that are thrown away.
 
     Selective checkpointing numbers the operations of the first forward and replays their results by number, so the
     same operations have to run again.
+
+    Raises:
+        StateError: the layer renormalizes by running statistics, which the first forward has moved
     """
+    if layer._renorm is not None and not layer._renorm.is_plain and layer._staged is None:
+        invariant = "the running statistics of the first forward, for renorm in an activation checkpoint"
+        got, todo = "later ones", "Run forward and backward inside `with defer_updates(model):`, and commit after it."
+        raise StateError(expected(described(layer), invariant, got, todo))
     if mean is None or var is None or not torch._C._len_torch_dispatch_stack():
         return None
     with _disable_current_modes():
         mean, var, batches = mean.clone(), var.clone(), None if batches is None else batches.clone()
-    return following(mean, var, momentum, batches)
+    return following(mean, var, layer.momentum, batches)
 
 
 @dataclass(frozen=True)
