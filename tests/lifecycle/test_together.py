@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -92,6 +92,26 @@ def test_checkpoints_and_accumulation_in_a_domain_over_ranks(on_ranks: Callable[
     for result in results:
         torch.testing.assert_close(result, outcome(net, False), rtol=1e-9, atol=1e-11)
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def deferred_under_ddp(defer: bool) -> list[Tensor]:
+    """Each rank has statistics of its own, and DDP sends those of the first rank to all in front of each forward."""
+    net = nn.parallel.DistributedDataParallel(model())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    torch.manual_seed(torch.distributed.get_rank())
+    for _ in range(3):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        with bn.defer_updates(net, optimizer) if defer else nullcontext():
+            net(x).pow(3).mean().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    return [t.clone() for t in net.state_dict().values()]
+
+
+def test_deferred_updates_under_ddp_whose_buffers_are_sent_around(on_ranks: Callable[..., list[list[Tensor]]]) -> None:
+    deferred, plain = (on_ranks(2, deferred_under_ddp, defer) for defer in (True, False))
+    for rank in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(deferred[rank], plain[rank], strict=True))
 
 
 CHOICES: dict[str, list[Any]] = {
