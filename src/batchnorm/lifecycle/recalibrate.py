@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from batchnorm.lifecycle.recalibration.collect import Estimator, Population
 from batchnorm.lifecycle.recalibration.gap import Gap
 from batchnorm.lifecycle.recalibration.observe import BUFFERS, Observation
 from batchnorm.lifecycle.recalibration.passes import Forward, Found, Runner, joint, sequential
+from batchnorm.lifecycle.recalibration.ranks import Meetings
 from batchnorm.lifecycle.recalibration.report import LayerStatistics, Order, Recalibration, counted
 from batchnorm.nn import BatchNorm
+from batchnorm.nn.distributed import wire_of
 from batchnorm.nn.frozen import has_frozen_statistics
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import GroupLike
 
 
 def recalibrate(
@@ -34,6 +39,7 @@ def recalibrate(
     skip_eval: bool = False,
     gap_batches: int = 0,
     progress: bool | OnProgress = False,
+    process_group: GroupLike = None,
 ) -> Recalibration:
     r"""Set the running statistics of every batch normalization layer to those of the given data.
 
@@ -62,11 +68,16 @@ def recalibrate(
     layer where it has one value a channel, that one included, and its forward ends there. Under "paper" a single
     sample is left out beside larger batches. The report says so.
 
-    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` (each process measures its own
-    batches) and subclasses, however their modules reach them: ``lifecycle.recalibration.observe`` says how, and
-    what remains unseen. A layer used several times in a forward is measured on every use.
-    ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``, ``batchnorm.freeze``) are
-    left alone and reported. Layers with domains are measured in the domain in use, which ``forward`` must not change.
+    With ``process_group`` each rank measures its own batches, of any sizes and any number, none included, and all ranks
+    merge what they found at the end of each pass: the statistics are those of the batches of all ranks together, with
+    the same bits on every rank. Nothing is exchanged during a forward, layers with a process group included: in joint
+    order each rank normalizes by its own batch. If a rank fails, all ranks raise and none is changed.
+
+    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules
+    reach them: ``lifecycle.recalibration.observe`` says how, and what remains unseen. A layer used several times in a
+    forward is measured on every use. ``num_batches_tracked`` becomes the number of uses. Frozen layers
+    (``FrozenBatchNorm2d``, ``batchnorm.freeze``) are left alone and reported. Layers with domains are measured in the
+    domain in use, which ``forward`` must not change.
 
     With ``gap_batches``, the train/eval gap is measured on the first so many batches, before and after:
 
@@ -90,6 +101,8 @@ def recalibrate(
         gap_batches: measure the train/eval gap on so many batches, which are held in memory: three forwards each
         progress: show a bar with the time left on standard error; or a function, called with the work done and
             the work there is (None where that is not known), in batches
+        process_group: the ranks that the data is spread over: a ProcessGroup, or "world" for the default group; None
+            for this process's batches alone. ``max_batches``, ``progress`` and ``gap_batches`` are those of each rank
 
     Returns:
         the statistics of each layer before and after; ``print`` shows a table
@@ -97,6 +110,7 @@ def recalibrate(
     Raises:
         ArgumentError: no batches, no layer to recalibrate, mini-batches of unequal size under "paper", values too
             few for a variance, or batches that can be gone through only once in sequential order
+        ExchangeError: another rank failed, or did not take part within the group's time-out
         NonFiniteError: an Inf or NaN reached a layer; layer, channel and batch are named
         On any error, Ctrl-C included, the model is left exactly as it was.
 
@@ -107,6 +121,7 @@ def recalibrate(
     (10, 320)
     """
     _check_arguments(estimator, order, batches, max_batches, gap_batches)
+    meetings = Meetings(wire_of("recalibrate", process_group))
     layers, left_alone = _choose(model, skip_eval)
     before = {name: _statistics(layer) for name, layer in layers.items()}
     observation = Observation(model, layers)
@@ -116,8 +131,13 @@ def recalibrate(
         with shown("recalibrate", progress) as update, held("recalibrate", ours):
             observation.begin()
             run = _default_forward if forward is None else forward
-            runner = Runner(model, observation, run, estimator, update)
-            found, gaps = _measure(runner, batches, order, max_batches, gap_batches)
+            runner = Runner(model, observation, run, estimator, update, meetings)
+            try:
+                found, gaps = _measure(runner, batches, order, max_batches, gap_batches)
+                meetings.all(None)  # no rank writes before every rank has something to write
+            except Exception as error:
+                meetings.failed(error)
+                raise
         observation.end()
         report = _report(estimator, order, found, gaps, before, left_alone)
         written.append(_Written(layers))
