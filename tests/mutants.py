@@ -485,8 +485,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "pool: a block goes to two tensors",
         PAGES,
-        "return self._idle[pages].pop()",
-        "return self._idle[pages][-1]",
+        "return self._idle[_pages_for(size)].pop()",
+        "return self._idle[_pages_for(size)][-1]",
         OF_PAGES,
     ),
     Mutant(

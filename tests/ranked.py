@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
-PATIENCE = 60.0  # seconds for one call; the compiled kernels may have to be compiled first
+PATIENCE = 60.0  # seconds for one call
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Request:
     arguments: tuple[Any, ...]
     timeout: float
     patience: float
+    before: str | None
 
 
 class Helper:
@@ -64,21 +65,29 @@ class Helper:
         self._pipe: Connection | None = None
 
     def run(
-        self, size: int, program: Callable[..., Any], *arguments: Any, timeout: float = 20, patience: float = PATIENCE
+        self,
+        size: int,
+        program: Callable[..., Any],
+        *arguments: Any,
+        timeout: float = 20,
+        patience: float = PATIENCE,
+        before: Callable[[], object] | None = None,
     ) -> list[Any]:
         """``program(*arguments)`` on ``size`` ranks of a default gloo group; the results in the order of the ranks.
 
         Args:
             program: a function at the top of its module.
             timeout: of the group, in seconds.
-            patience: how long the call may take, in seconds; then every rank is killed.
+            patience: how long the ranks may take, in seconds; then they are killed.
+            before: a function of the same module that the helper calls once before it forks, to compile what all need.
 
         Raises:
             AssertionError: a rank raised, with the tracebacks of all. A rank that exits gives ``Died``.
         """
         pipe = self._started()
         code = program.__code__
-        request = Request(code.co_filename, code.co_name, size, arguments, timeout, patience)
+        name = None if before is None else before.__name__
+        request = Request(code.co_filename, code.co_name, size, arguments, timeout, patience, name)
         pipe.send_bytes(pickle.dumps(request))
         results: list[Any] = pickle.loads(pipe.recv_bytes())
         failed = [f"rank {rank}: {each.text}" for rank, each in enumerate(results) if isinstance(each, Failed)]
@@ -88,7 +97,8 @@ class Helper:
     def _started(self) -> Connection:
         if self._pipe is None:
             self._pipe, theirs = multiprocessing.Pipe()
-            environment = {**os.environ, "GLOO_SOCKET_IFNAME": _loopback()}
+            # The kernels that need no compiling, unless a program names others.
+            environment = {**os.environ, "BATCHNORM_BACKEND": "eager", "GLOO_SOCKET_IFNAME": _loopback()}
             # As an imported module, so that what is pickled here is found by its name there.
             start = f"import sys; sys.path[:0] = {[str(TESTS), str(TESTS.parent)]}; import ranked; ranked.serve()"
             self._process = subprocess.Popen(
@@ -116,14 +126,11 @@ def serve() -> None:
     """The helper process: answers requests until the pipe closes."""
     import torch
 
-    import batchnorm as bn
+    import batchnorm  # noqa: F401  (before the first fork, so that no rank spends time on it)
 
     torch.set_num_threads(1)  # it forks, so no thread of its own may run
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    for dtype in (torch.float32, torch.float64):  # the kernels are loaded once, not by each rank
-        x = torch.randn(4, 3, 5, 5, dtype=dtype, requires_grad=True)
-        bn.BatchNorm2d(3, dtype=dtype)(x).sum().backward()
     pipe, modules = Connection(int(sys.argv[1])), dict[str, ModuleType]()
     while True:
         try:
@@ -138,6 +145,8 @@ def _call(request: Request, modules: dict[str, ModuleType]) -> list[Any]:
         if request.path not in modules:
             modules[request.path] = _loaded(request.path)
         program = getattr(modules[request.path], request.name)
+        if request.before is not None:
+            getattr(modules[request.path], request.before)()
     except Exception:
         return [Failed(traceback.format_exc())]
     folder = tempfile.mkdtemp()

@@ -34,8 +34,11 @@ class Sink(Protocol):
     def running(self) -> Running | None:
         """The running statistics that ``take`` may write."""
 
-    def take(self, found: Moments) -> None:
-        """Called once the result is known. May raise; then nothing must have been changed."""
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
+        """Called once the result is known. May raise; then nothing must have been changed.
+
+        ``where`` is a bool of shape (): False if the batch does not count. None: it does.
+        """
 
 
 class Batch(NamedTuple):
@@ -270,7 +273,8 @@ def _composite(
     if not torch._C._are_functorch_transforms_active():  # there strides are an inner matter
         y = y.contiguous(memory_format=layout.format_of(x))
     if sink is not None and found is not None:
-        _give(sink, found.detach(), checked=places == EVERYWHERE)
+        # Too few present values move nothing: masks were not looked at here.
+        _give(sink, found.detach(), where=None if places == EVERYWHERE else enough(found.pooled()))
     return y
 
 
@@ -301,14 +305,14 @@ def _standard(
     )  # fmt: skip
 
 
-def _give(sink: Running | Sink, found: Moments, *, checked: bool = True) -> None:
-    """Hand the moments over, those of groups as one. Too few present values move nothing where none has ``checked``."""
+def _give(sink: Running | Sink, found: Moments, *, where: Tensor | None = None) -> None:
+    """Hand the moments over, those of groups as one; nothing moves where the bool ``where`` is False."""
     found = found.pooled()
     try:
         if isinstance(sink, Running):
-            sink.update(found, where=None if checked else enough(found))
+            sink.update(found, where)
         else:
-            sink.take(found)
+            sink.take(found, where)
     except RuntimeError as error:
         if not torch._C._are_functorch_transforms_active() or isinstance(error, AutogradError):
             raise
@@ -338,9 +342,10 @@ def _by_operators(
     if isinstance(statistics, Population):
         y: Tensor = operators.infer(x, *statistics, weight, bias, residual, mask, *options)
         return y if out is None else out.copy_(y)
-    y, stats = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
+    y, stats, counts = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
     if statistics.sink is not None:
-        _give(statistics.sink, moments_from(stats, count_of(x, mask, sample_weight)), checked=places == EVERYWHERE)
+        found = moments_from(stats, count_of(x, mask, sample_weight))
+        _give(statistics.sink, found, where=counts if places == EVERYWHERE else counts & enough(found))
     return y
 
 

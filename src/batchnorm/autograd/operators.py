@@ -32,8 +32,11 @@ def train(
     eps: float,
     activation: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor]:
-    """y, and the batch's mean and biased variance, (2, channels)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the batch's mean and biased variance, (2, channels), and whether the batch counts, a bool of shape ().
+
+    It does not where a checkpoint runs a compiled forward again in backward, which only the running code can tell.
+    """
     act = Activation(activation, negative_slope)
     kernel = _kernel(x, weight, bias, residual, activation=act, mask=mask, sample_weight=sample_weight)
     y, stats = kernel.forward(
@@ -43,12 +46,13 @@ def train(
     if isinstance(count, Tensor):
         # The mask's values were not checked: a channel may have none, and its variance would be 0/0.
         stats = torch.where(count > 0, stats, 0.0)
-    return y, stats
+    return y, stats, x.new_full((), torch._C._current_graph_task_id() == -1, dtype=torch.bool)
 
 
 @train.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return layout.of(x).empty(x), x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+    return layout.of(x).empty(x), stats, x.new_empty((), dtype=torch.bool)
 
 
 @torch.library.custom_op("batchnorm::infer", mutates_args=())
@@ -164,14 +168,14 @@ def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, residual, mask, sample_weight, *options = inputs
-    y, stats = output
-    ctx.mark_non_differentiable(stats)
+    y, stats, counts = output
+    ctx.mark_non_differentiable(stats, counts)
     _save(ctx, x, weight, bias, residual, mask, sample_weight, y, stats, options, training=True)
 
 
-def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_train(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     sample_weight = ctx.saved_tensors[-1]
     if sample_weight is not None and sample_weight.requires_grad:
         raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from batchnorm.errors import ArgumentError, expected
 from batchnorm.functional import Batch, Population
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.kernels.contract import Running
 from batchnorm.kernels.seams import PLAIN, Seams
 from batchnorm.nn.counting import check_size, groups_of, has_too_few
 from batchnorm.nn.distributed import Ranks, TooFewAcrossRanks, exchange
+from batchnorm.nn.domains import bring_home
 from batchnorm.nn.foreign import Absent
+from batchnorm.nn.frozen import has_frozen_statistics
 from batchnorm.nn.options import check_options
 from batchnorm.nn.renorm import Renorm, fill_in_steps, place_steps, steps_of
-from batchnorm.nn.running import Guarded, at_least_float32, following
+from batchnorm.nn.running import Accumulated, Guarded, Stage, at_least_float32, destination
 
 if TYPE_CHECKING:
     from batchnorm.nn.distributed import GroupLike
@@ -107,6 +110,11 @@ class BatchNorm(_BatchNorm):
     """
 
     __jit_unused_properties__ = ["activation", "negative_slope", "renorm", "process_group"]
+
+    # Set on an instance whose batches do not go to its buffers (nn/running.py), or that has domains (nn/domains.py).
+    _staged: ClassVar[Stage | None] = None
+    _domains: ClassVar[tuple[str, ...]] = ()
+    _domain: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -255,16 +263,16 @@ class BatchNorm(_BatchNorm):
             assert mean is not None and var is not None
             statistics = Population(mean, var)
         else:
-            running = None
+            into: Running | Accumulated | None = None
             values: object = input.numel()
             if followed and (not whole or type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
-                running = following(mean, var, self.momentum, batches)
-            sink = running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite)
+                into = destination(self, mean, var, batches)
+            sink = into if self.nonfinite == "propagate" else Guarded(self, into, self.nonfinite)
             if self._renorm is None and self.virtual_batch_size is None:
                 statistics = Batch(sink)
             else:
                 statistics = Batch(sink, self._seams(input, mean, var, places))
-                steps = None if self._renorm is None or running is None else steps_of(self)
+                steps = None if self._renorm is None or into is None else steps_of(self)
             if over is not None:
                 statistics = over.seen_by(statistics)
         try:
@@ -354,6 +362,10 @@ class BatchNorm(_BatchNorm):
             extras["nonfinite"] = self.nonfinite
         if self._ranks is not None:
             extras["process_group"] = self._ranks
+        if self._domains:
+            extras["domains"] = list(self._domains)
+        if has_frozen_statistics(self):
+            extras["frozen"] = True
         if self.virtual_batch_size is not None:
             extras["virtual_batch_size"] = self.virtual_batch_size
         if self.renorm is not None:
@@ -379,7 +391,14 @@ class BatchNorm(_BatchNorm):
         self._widen(before)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        bring_home(self, prefix, destination)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self._domains:
+            state_dict = dict(state_dict)
+            bring_home(self, prefix, state_dict)
         fill_in_steps(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # assign=True hands over the checkpoint's own tensors, which may be bfloat16.
@@ -387,9 +406,9 @@ class BatchNorm(_BatchNorm):
 
     def _widen(self, before: dict[str, Tensor | None]) -> None:
         """Running statistics in no less than float32, with the digits they had ``before`` a cast."""
-        for name in ("running_mean", "running_var"):
-            now, then = self._buffers[name], before[name]
-            if now is not None and then is not None:
+        for name, now in self._buffers.items():
+            then = before[name]
+            if name.startswith("running_") and now is not None and then is not None:
                 self._buffers[name] = at_least_float32(now, then)
 
 

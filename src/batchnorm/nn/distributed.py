@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     GroupLike = ProcessGroup | Literal["world"] | None
 
 WORLD: Literal["world"] = "world"
+
+T = TypeVar("T")
 
 PER_CHANNEL = -1.0
 """In the place of the count: the counts differ from channel to channel and follow in an exchange of their own."""
@@ -170,6 +172,13 @@ class Wire:
             torch.distributed.all_reduce(total, group=self.group)
         return total
 
+    def gather_objects(self, own: T) -> list[T]:
+        """``own`` of every rank, of any size, in the order of the ranks; pickled, so without tensors on a GPU."""
+        result: list[Any] = [None] * self.size
+        with self._named():
+            torch.distributed.all_gather_object(result, own, group=self.group)
+        return result
+
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
@@ -260,13 +269,13 @@ class UnlessEmpty:
     def running(self) -> Running | None:
         return self._sink if isinstance(self._sink, Running) else self._sink.running
 
-    def take(self, found: Moments) -> None:
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
         if self._exchange.empty:
             return
         if isinstance(self._sink, Running):
-            self._sink.update(found)
+            self._sink.update(found, where)
         else:
-            self._sink.take(found)
+            self._sink.take(found, where)
 
 
 def exchange(
@@ -280,6 +289,13 @@ def exchange(
     per_channel = any(t.dim() == x.dim() and t.shape[1] > 1 for t in weights)
     wire = Wire(ranks, group, lambda: described(layer))
     return Exchange(wire, per_channel=per_channel, look=bool(weights) or x.numel() <= x.shape[1])
+
+
+def wire_of(function: str, process_group: GroupLike) -> Wire | None:
+    """What ``function`` goes over; None where there is nobody to exchange with."""
+    ranks = Ranks.of(function, process_group)
+    group = None if ranks is None else ranks.group(lambda: function)
+    return None if ranks is None or group is None else Wire(ranks, group, lambda: function)
 
 
 class _Gather(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.nn.batchnorm import BatchNorm, TooFew, be_a_leaf
+from batchnorm.nn.frozen import has_frozen_statistics
 
 if TYPE_CHECKING:
     from batchnorm.nn.distributed import GroupLike
@@ -77,7 +78,7 @@ class BatchNormLinear(nn.Module):
         Arguments:
             x: shape (..., in_features)
             inference: True uses the running statistics for this call, False the batch's (and updates the
-                running ones), None does as ``.training`` says
+                running ones), None does as ``.training`` says. A norm with frozen statistics uses them in any case
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if inference is not None:
@@ -98,7 +99,7 @@ class BatchNormLinear(nn.Module):
         norm = self.norm
         before = norm.training
         y: Tensor
-        if inference is None or inference != before:
+        if inference is None or inference != before or has_frozen_statistics(norm):
             y = norm(samples)
             return y
         norm.train(not inference)

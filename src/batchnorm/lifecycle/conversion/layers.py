@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from batchnorm import functional
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.distributed import WORLD, Ranks
-from batchnorm.nn.frozen import BUFFERS, FrozenBatchNorm2d
+from batchnorm.nn.frozen import BUFFERS, FrozenBatchNorm2d, has_frozen_statistics
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 # What a converted layer remembers. It stands on the layer alone, is copied and pickled with it, and goes with `revert`.
@@ -234,6 +234,8 @@ def _instance_reason(layer: nn.Module, theirs: type[nn.Module], ours: type[nn.Mo
         return f"it has no {', '.join(missing)}"
     template = _built_like(layer, ours)
     own = set(layer.__dict__) - set(_built_like(layer, theirs).__dict__)
+    if has_frozen_statistics(layer):
+        own.discard("train")  # which does the same on ours
     clash = sorted(own & (set(template.__dict__) | set(dir(ours)) | {MEMORY}))
     return f"it has an attribute of its own where ours has one: {', '.join(clash)}" if clash else ""
 
@@ -248,6 +250,8 @@ def _extras_in_use(layer: nn.Module) -> str:
         and name not in UNDERSTOOD
         and getattr(layer, name, option.default) != option.default
     }
+    if isinstance(layer, BatchNorm) and layer._domains:
+        found["domains"] = list(layer._domains)
     return ", ".join(f"{name}={value!r}" for name, value in found.items())
 
 
