@@ -263,7 +263,7 @@ def run(
         return _inferred(kernel, x, weight, bias, eps, mean, var, activation, residual, mask, out)
 
     sink, seams = statistics
-    fused = sink if isinstance(sink, Running) and seams is PLAIN else None
+    fused = sink if isinstance(sink, Running) and (seams is PLAIN or seams.is_fused) else None
     running = sink if isinstance(sink, Running) or sink is None else sink.running
     written = () if running is None else (running.mean, running.var, running.batches)
     kernel = kernels.choose(
@@ -285,7 +285,7 @@ def run(
     else:
         y, stats, found, _ = phases.forward(
             kernel, x, weight, bias, eps, seams, residual=residual, activation=activation, mask=mask,
-            sample_weight=sample_weight,
+            sample_weight=sample_weight, running=fused,
         )  # fmt: skip
     if sink is not None and sink is not fused:
         if found is None:

@@ -209,7 +209,7 @@ class Kernel(Protocol):
         running: Running | None = None,
         groups: Groups | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Training: y, and the batch's mean and biased variance, (2, channels); no ``running`` beside ``groups``."""
+        """Training: y, and the batch's mean and biased variance, (2, channels)."""
 
     @staticmethod
     def backward(
