@@ -291,7 +291,7 @@ class BatchNorm(_BatchNorm):
                 raise
             population = Population(mean, var)
             return functional.run(input, weight, bias, eps, population, self._activation, residual, places)
-        if steps is not None and (over is None or not over.empty):
+        if steps is not None and (ranks is None or not ranks.empty):
             steps.add_(1)
         return y
 
