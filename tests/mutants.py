@@ -492,6 +492,20 @@ MUTANTS: tuple[Mutant, ...] = (
         OF_PAGES,
     ),
     Mutant(
+        "pool: the rest of an output takes a whole large page",
+        PAGES,
+        "whole = size - size % PAGE",
+        "whole = self.pages * PAGE",
+        (*OF_PAGES, "-k", "whole_pages"),
+    ),
+    Mutant(
+        "resident: pages that were changed are released",
+        "src/batchnorm/kernels/cpu/resident.py",
+        "if (present & (pages & _OF_A_FILE == 0)).any() or not present.any():",
+        "if not present.any():",
+        ("tests/kernels/test_cpu_resident.py", "-k", "changed"),
+    ),
+    Mutant(
         "fold: the running mean is not scaled",
         AFFINE,
         "shift = -mean * scale",
