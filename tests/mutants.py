@@ -585,8 +585,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="ranks: an empty batch counts as a step",
         file="src/batchnorm/nn/distributed.py",
-        old="if self._exchange.empty:",
-        new="if False:",
+        old="elif self._exchange.empty:",
+        new="elif False:",
         tests=("tests/nn/test_distributed.py::test_too_few_is_judged_over_all_ranks_and_all_say_so",),
     ),
     Mutant(
