@@ -45,12 +45,12 @@ from torch.nn import functional as F
 from batchnorm.bench import machine, memory
 from batchnorm.bench.cases import parse_threads
 from batchnorm.bench.measure import Samples
-from batchnorm.bench.resnet import ResNet50
 from batchnorm.bench.run import threads as with_threads
 from batchnorm.errors import BatchNormError
 from batchnorm.report.command import REFUSED
 from batchnorm.report.command import run as run_command
 from batchnorm.report.files import require_writable, write_whole
+from benchmarks.resnet import ResNet50
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 SCHEMA = 1
