@@ -597,6 +597,8 @@ MUTANTS: tuple[Mutant, ...] = (
         old="every[0][name].merge(*(e[name] for e in every[1:]))",
         new="own[name].merge()",
         tests=("tests/lifecycle/recalibration/test_ranks.py::test_ranks_give_what_one_process_gives_on_all_batches",),
+    ),
+    Mutant(
         "gpu: tiles are merged without the cross term",
         GPU,
         "m2 = m2 + its_m2 + delta * delta * (n * share)",
