@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from ranked import Helper
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +58,11 @@ def settings_put_back() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """``on_ranks(3, program, *arguments)``: the program on three gloo ranks, see ``ranked.Helper.run``."""
+    helper = Helper()
+    yield helper.run
+    helper.end()

@@ -215,10 +215,10 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         "Moments: expected three tensors of one shape (channels,), got [(2,), (2,), (3,)]. "
         "Give one value a channel in each.",
     ),
-    "two dimensions": (
-        lambda: Moments(*(torch.zeros(1, 2) for _ in range(3))),
+    "three dimensions": (
+        lambda: Moments(*(torch.zeros(1, 2, 1) for _ in range(3))),
         ArgumentError,
-        "Moments: expected three tensors of one shape (channels,), got [(1, 2), (1, 2), (1, 2)]. "
+        "Moments: expected three tensors of one shape (channels,), got [(1, 2, 1), (1, 2, 1), (1, 2, 1)]. "
         "Give one value a channel in each.",
     ),
     "channels": (

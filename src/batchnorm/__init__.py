@@ -23,12 +23,17 @@ from batchnorm.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    Renorm,
+    mask_from_lengths,
 )
 
 if TYPE_CHECKING:
     from batchnorm.lifecycle.convert import convert, revert
+    from batchnorm.lifecycle.domains import domains, keep_domain, use_domain
     from batchnorm.lifecycle.folding.fold import fold
+    from batchnorm.lifecycle.freeze import freeze, unfreeze
     from batchnorm.lifecycle.recalibrate import recalibrate
+    from batchnorm.lifecycle.updates import accumulate_statistics, defer_updates
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,13 +48,22 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "Renorm",
+    "accumulate_statistics",
     "convert",
+    "defer_updates",
+    "domains",
     "explain",
     "fold",
+    "freeze",
     "functional",
+    "keep_domain",
+    "mask_from_lengths",
     "recalibrate",
     "revert",
+    "unfreeze",
     "use_backend",
+    "use_domain",
     "warmup",
 ]
 
@@ -59,6 +73,13 @@ _ON_FIRST_USE = {
     "revert": "batchnorm.lifecycle.convert",
     "fold": "batchnorm.lifecycle.folding.fold",
     "recalibrate": "batchnorm.lifecycle.recalibrate",
+    "accumulate_statistics": "batchnorm.lifecycle.updates",
+    "defer_updates": "batchnorm.lifecycle.updates",
+    "freeze": "batchnorm.lifecycle.freeze",
+    "unfreeze": "batchnorm.lifecycle.freeze",
+    "domains": "batchnorm.lifecycle.domains",
+    "keep_domain": "batchnorm.lifecycle.domains",
+    "use_domain": "batchnorm.lifecycle.domains",
 }
 
 

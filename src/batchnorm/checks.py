@@ -1,4 +1,4 @@
-"""What is asked of a call before anything is done: one quick look, and the long way only where that fails."""
+"""What a call must satisfy before anything is computed: one quick test, and the detailed checks only if it fails."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from batchnorm.moments import Moments, broadcast_weights, combine_weights
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 PARAMETERS = {(x, p) for x in FLOATING for p in FLOATING if p == x or (p == torch.float32 and x.itemsize == 2)}
-"""Which dtypes weight and bias may have beside an input's: its own, or float32 beside 16 bits."""
+"""(input dtype, parameter dtype) pairs that may be combined: equal ones, or float32 parameters with a 16-bit input."""
 
 STATISTICS = {
     (x, mean, var) for x, mean, var in product(FLOATING, repeat=3) if x != torch.float64 or mean == var == torch.float64
 }
-"""Which dtypes running statistics may have beside an input's: float64 beside float64, any beside the others."""
+"""(input, running mean, running var) dtypes that may be combined: a float64 input needs float64 statistics."""
 
 
 class Places(NamedTuple):
-    """Which values count, and how often; both of the input's rank and broadcastable to it."""
+    """Which values count, and how often. Both have the input's rank and broadcast to it."""
 
     mask: Tensor | None = None
     sample_weight: Tensor | None = None
@@ -44,19 +44,21 @@ def check(
     eps: float,
     *,
     by_batch: bool,
+    whole: bool = True,
 ) -> None:
-    """Raise where an input cannot be normalized.
+    """Raise if the input cannot be normalized.
 
     Arguments:
-        function: the name in our own messages
-        mean, var: running statistics that are read or updated, None where neither happens
+        function: the name used in our own messages
+        mean, var: the running statistics that are read or updated, or None if neither happens
         by_batch: whether the batch's own statistics are used
+        whole: whether ``x`` is the whole batch; else its size is judged where the parts are merged
     """
-    # First one quick look, on the way of every call and so written for speed: True if ``_check`` would pass.
+    # The quick test runs on every call and is written for speed: True if every check in ``_check`` would pass.
     shape, dtype, device = x.shape, x.dtype, x.device
     values: Any = x.numel()
     if type(values) is Tensor:
-        return  # under torch.jit.trace, which records every question about a size; PyTorch's operator asks them again
+        return  # torch.jit.trace records every use of a size; PyTorch's operator does the checks itself
     if len(shape) > 1 and values > shape[1] and eps > 0.0:
         channels = shape[1]
         if (
@@ -83,7 +85,7 @@ def check(
             )
         ):
             return
-    _check(function, x, weight, bias, mean, var, eps, by_batch)
+    _check(function, x, weight, bias, mean, var, eps, by_batch, whole)
 
 
 def _check(
@@ -95,9 +97,10 @@ def _check(
     var: Tensor | None,
     eps: float,
     by_batch: bool,
+    whole: bool,
 ) -> None:
     check_input(function, x)
-    if by_batch:
+    if by_batch and whole:
         check_batch_size(x)
     check_eps(eps, by_batch)
     check_statistics(function, x, mean, var, by_batch)
@@ -151,12 +154,16 @@ def check_statistics(function: str, x: Tensor, mean: Tensor | None, var: Tensor 
 def check_places(
     function: str, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, *, by_batch: bool
 ) -> Places:
-    """Mask and weights with x's rank, after a look at their dtypes and shapes.
+    """Mask and weights with x's rank, after checks of their dtypes, shapes and devices.
 
-    Values are looked at only where that breaks no graph: not under a compiler, tracer, mode or transform.
+    Their values are checked only where that breaks no graph: not under a compiler, tracer, mode or transform. There a
+    batch with too few present values raises nothing; it leaves the running statistics as they are (``enough``).
     """
     combined = combine_weights(function, x, mask, sample_weight)
-    look = not torch.compiler.is_compiling() and plain.is_plain(x, mask, sample_weight)
+    for name, t in (("mask", mask), ("sample_weight", sample_weight)):
+        if t is not None and t.device != x.device:
+            raise MismatchError(_device_message(function, name, x, t))
+    look = can_look(x, mask, sample_weight)
     if sample_weight is not None:
         if not sample_weight.is_floating_point():
             sample_weight = sample_weight.to(torch.float32)
@@ -168,16 +175,29 @@ def check_places(
     if mask is not None:
         mask = broadcast_weights(function, "mask", x, mask)
     if by_batch and look and combined is not None and x.numel():
-        count = count_of(x, mask, sample_weight)
-        least = float(count.detach().min()) if isinstance(count, Tensor) else count
-        if least <= 1:
-            todo = "Leave such a batch out, or give it more present values."
-            invariant = "more than 1 present value per channel when training (the sum of the weights)"
-            raise ArgumentError(expected(function, invariant, f"{least:g}", todo))
-    for name, t in (("mask", mask), ("sample_weight", sample_weight)):
-        if t is not None and t.device != x.device:
-            raise MismatchError(_device_message(function, name, x, t))
+        check_present(function, count_of(x, mask, sample_weight))
     return Places(mask, sample_weight)
+
+
+def can_look(*tensors: Tensor | None) -> bool:
+    """True if values may be read here: no compiler, tracer, mode or transform is watching, and there is memory."""
+    return not torch.compiler.is_compiling() and plain.is_plain(*tensors)
+
+
+def least(count: Tensor | float) -> float:
+    """The smallest number of values (the sum of their weights) that any channel has. Reads a tensor's value."""
+    if not isinstance(count, Tensor):
+        return count
+    return float(count.detach().min()) if count.numel() else 0.0
+
+
+def check_present(function: str, count: Tensor | float) -> None:
+    """Raise if masks and weights leave a channel one value or less: it has no variance."""
+    found = least(count)
+    if found <= 1:
+        todo = "Leave such a batch out, or give it more present values."
+        invariant = "more than 1 present value per channel when training (the sum of the weights)"
+        raise ArgumentError(expected(function, invariant, f"{found:g}", todo))
 
 
 def check_residual(function: str, x: Tensor, residual: Tensor) -> Tensor:
@@ -206,12 +226,12 @@ def check_out(x: Tensor, others: tuple[Tensor | None, ...], out: Tensor, trainin
 
 
 def nonfinite_channels(found: Moments, running: Running | None) -> list[int]:
-    """Channels whose batch mean or variance is Inf or NaN, in the dtype that running statistics have."""
+    """Indices of the channels whose batch mean or variance is Inf or NaN in the dtype of the running statistics."""
     return [int(c) for c in (~finite_channels(found, running)).nonzero()]
 
 
 def finite_channels(found: Moments, running: Running | None) -> Tensor:
-    """For each channel whether its batch mean and variance are finite, in the dtype of the running statistics."""
+    """True for each channel whose batch mean and variance are finite in the dtype of the running statistics."""
     mean, var = found.mean, found.variance()
     if running is not None:
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)

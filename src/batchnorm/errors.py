@@ -35,6 +35,14 @@ class NonFiniteError(BatchNormError, RuntimeError):
     """An Inf or a NaN where ``nonfinite="raise"`` forbids it."""
 
 
+class StateError(BatchNormError, RuntimeError):
+    """A call that came too late, twice, or out of order."""
+
+
+class ExchangeError(BatchNormError, RuntimeError):
+    """An exchange between the ranks of a process group that did not complete."""
+
+
 class DataError(BatchNormError, ValueError):
     """A data file that is missing, cut short or not what it claims to be."""
 

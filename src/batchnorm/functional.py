@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import kernels
-from batchnorm.autograd import Call, differentiated, operators
+from batchnorm.autograd import Call, differentiated, operators, phases
 from batchnorm.checks import EVERYWHERE, Places, check, check_out, check_places, check_residual
 from batchnorm.errors import AutogradError, expected
 from batchnorm.kernels import composite, layout
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
-from batchnorm.kernels.contract import Kernel, Running, count_of, moments_from
+from batchnorm.kernels.contract import Kernel, Running, count_of, enough, moments_from
+from batchnorm.kernels.seams import PLAIN, Seams
 from batchnorm.moments import Moments
 
 
@@ -33,14 +34,18 @@ class Sink(Protocol):
     def running(self) -> Running | None:
         """The running statistics that ``take`` may write."""
 
-    def take(self, found: Moments) -> None:
-        """Called once the result is known. May raise; then nothing must have been changed."""
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
+        """Called once the result is known. May raise; then nothing must have been changed.
+
+        ``where`` is a bool of shape (): False if the batch does not count. None: it does.
+        """
 
 
 class Batch(NamedTuple):
     """The statistics of training: those of the batch. ``Running`` follows them inside the kernel."""
 
     sink: Running | Sink | None = None
+    seams: Seams = PLAIN
 
 
 def batch_norm(
@@ -161,7 +166,9 @@ def run(
 ) -> Tensor:
     """``batch_norm`` on arguments that were checked."""
     if torch.compiler.is_compiling():
-        if _is_exporting() or type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+        seams = PLAIN if isinstance(statistics, Population) else statistics.seams
+        in_sight = _is_exporting() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+        if in_sight or seams is not PLAIN:
             return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
         return _by_operators(x, weight, bias, eps, statistics, activation, residual, places, out)
     mask, sample_weight = places
@@ -170,7 +177,7 @@ def run(
         kernel = kernels.choose(
             x, weight, bias, mean, var, residual, out, activation=activation, mask=mask, sample_weight=sample_weight
         )
-        if kernel is None:
+        if kernel is None or (kernel.NAME == "eager" and places == EVERYWHERE and kernels.left_to_torch(x)):
             return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
             return differentiated(
@@ -178,27 +185,36 @@ def run(
             )  # fmt: skip
         return _inferred(kernel, x, weight, bias, eps, mean, var, activation, residual, mask, out)
 
-    sink = statistics.sink
-    fused = sink if isinstance(sink, Running) else None
-    running = fused if fused is not None or sink is None else sink.running  # type: ignore[union-attr]
+    sink, seams = statistics
+    fused = sink if isinstance(sink, Running) and seams is PLAIN else None
+    running = sink if isinstance(sink, Running) or sink is None else sink.running
     written = () if running is None else (running.mean, running.var, running.batches)
     kernel = kernels.choose(
-        x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight
-    )
-    if kernel is None:
+        x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight,
+        groups=seams.groups,
+    )  # fmt: skip
+    if kernel is None or (kernel.NAME == "eager" and _plainly(sink, seams, places) and kernels.left_to_torch(x)):
         return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
+    found = None
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, sample_weight):
-        call = Call(kernel, eps, activation, mask, None, fused)
+        call = Call(kernel, eps, activation, mask, None, fused, seams)
         y = differentiated(x, weight, bias, residual, sample_weight, call)
-        stats = call.stats
-    else:
+        stats, found = call.stats, call.found
+    elif seams is PLAIN:
         y, stats = kernel.forward(
             x, weight, bias, eps, residual=residual, activation=activation, mask=mask, sample_weight=sample_weight,
             running=fused,
         )  # fmt: skip
-    if sink is not None and not isinstance(sink, Running):
-        assert stats is not None
-        sink.take(moments_from(stats, count_of(x, mask, sample_weight)))
+    else:
+        y, stats, found, _ = phases.forward(
+            kernel, x, weight, bias, eps, seams, residual=residual, activation=activation, mask=mask,
+            sample_weight=sample_weight,
+        )  # fmt: skip
+    if sink is not None and sink is not fused:
+        if found is None:
+            assert stats is not None
+            found = moments_from(stats, count_of(x, mask, sample_weight, seams.groups))
+        _give(sink, found)
     return y
 
 
@@ -242,12 +258,13 @@ def _composite(
     """``run`` in ordinary operations."""
     sink = None if isinstance(statistics, Population) else statistics.sink
     population = statistics if isinstance(statistics, Population) else None
-    if _has_to_be_recognized(x) and places == EVERYWHERE and (sink is None or _follows_plainly(sink)):
+    seams = PLAIN if isinstance(statistics, Population) else statistics.seams
+    if _plainly(sink, seams, places) and _torchs_own(x):
         y = _standard(x, weight, bias, eps, population, sink, activation, residual)
         return y if out is None else out.copy_(y)
     wide, found = composite.normalized(
         x, weight, bias, eps, population=population, residual=residual, activation=activation, mask=places.mask,
-        sample_weight=places.sample_weight,
+        sample_weight=places.sample_weight, reducer=seams.reducer, correct=seams.correct, groups=seams.groups,
     )  # fmt: skip
     y = wide.to(x.dtype)
     if out is not None:
@@ -255,12 +272,15 @@ def _composite(
     if not torch._C._are_functorch_transforms_active():  # there strides are an inner matter
         y = y.contiguous(memory_format=layout.format_of(x))
     if sink is not None and found is not None:
-        _give(sink, found.detach())
+        # Too few present values move nothing: masks were not looked at here.
+        _give(sink, found.detach(), where=None if places == EVERYWHERE else enough(found.pooled()))
     return y
 
 
-def _follows_plainly(sink: Running | Sink) -> bool:
-    return isinstance(sink, Running) and not isinstance(sink.factor, Tensor)
+def _plainly(sink: Running | Sink | None, seams: Seams, places: Places) -> bool:
+    """Whether PyTorch's own operator can do all that is asked for."""
+    follows = sink is None or (isinstance(sink, Running) and not isinstance(sink.factor, Tensor))
+    return follows and places == EVERYWHERE and seams is PLAIN
 
 
 def _standard(
@@ -286,10 +306,14 @@ def _standard(
     )  # fmt: skip
 
 
-def _give(sink: Running | Sink, found: Moments) -> None:
-    take = sink.update if isinstance(sink, Running) else sink.take
+def _give(sink: Running | Sink, found: Moments, *, where: Tensor | None = None) -> None:
+    """Hand the moments over, those of groups as one; nothing moves where the bool ``where`` is False."""
+    found = found.pooled()
     try:
-        take(found)
+        if isinstance(sink, Running):
+            sink.update(found, where)
+        else:
+            sink.take(found, where)
     except RuntimeError as error:
         if not torch._C._are_functorch_transforms_active() or isinstance(error, AutogradError):
             raise
@@ -319,14 +343,10 @@ def _by_operators(
     if isinstance(statistics, Population):
         y: Tensor = operators.infer(x, *statistics, weight, bias, residual, mask, *options)
         return y if out is None else out.copy_(y)
-    y, stats = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
-    sink = statistics.sink
-    if sink is not None:
+    y, stats, counts = operators.train(x, weight, bias, residual, mask, sample_weight, *options)
+    if statistics.sink is not None:
         found = moments_from(stats, count_of(x, mask, sample_weight))
-        if isinstance(sink, Running):
-            sink.update(found)
-        else:
-            sink.take(found)
+        _give(statistics.sink, found, where=counts if places == EVERYWHERE else counts & enough(found))
     return y
 
 
@@ -343,6 +363,11 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, sample_weight: Tensor |
 
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
+
+
+def _torchs_own(x: Tensor) -> bool:
+    """True where PyTorch's own operator for batch normalization is of more use than its parts."""
+    return _has_to_be_recognized(x) or (not torch.compiler.is_compiling() and kernels.left_to_torch(x))
 
 
 def _has_to_be_recognized(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ in any way, in any order, has the moments of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,8 @@ class Moments:
         mean: their mean, shape (channels,), in the unit of the values; 0 where the count is 0
         m2: sum of squared deviations from the mean, shape (channels,), in the square of that unit
 
-    The tensors are float64 where the device has it, and carry gradients where the values did.
+    Kernels that work in groups (virtual batches) give the moments of each group, shape (groups, channels);
+    ``pooled`` merges them. The tensors are float64 where the device has it, and carry gradients where the values did.
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 10.0]])
@@ -58,13 +59,17 @@ class Moments:
 
     def __post_init__(self) -> None:
         shapes = [tuple(t.shape) for t in (self.count, self.mean, self.m2)]
-        if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        if len(set(shapes)) != 1 or len(shapes[0]) not in (1, 2):
             todo = "Give one value a channel in each."
             raise ArgumentError(expected("Moments", "three tensors of one shape (channels,)", shapes, todo))
 
     @property
     def channels(self) -> int:
-        return self.count.shape[0]
+        return self.count.shape[-1]
+
+    def pooled(self) -> Moments:
+        """The moments of all groups together, (channels,), from those of each group, (groups, channels)."""
+        return self if self.count.dim() == 1 else merge_stacked(self.count, self.mean, self.m2)
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> Moments:
@@ -155,11 +160,11 @@ class Moments:
 
 
 def merge_stacked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
-    """Chan's formula over the first dimension of three tensors of shape (parts, channels)."""
+    """Chan's formula over the first dimension of three tensors of shape (parts, ..., channels)."""
     total = count.sum(0)
     mean = torch.where(count > 0, mean, torch.zeros_like(mean))
     # About the first part's mean, not about zero: parts with equal means then merge to exactly that mean.
-    origin = mean[count.argmax(0), torch.arange(mean.shape[1], device=mean.device)]
+    origin = mean.gather(0, count.argmax(0, keepdim=True))[0]
     safe = torch.where(total > 0, total, torch.ones_like(total))
     whole = origin + (count * (mean - origin)).sum(0) / safe
     m2 = m2.sum(0) + (count * (mean - whole).square()).sum(0)
@@ -169,9 +174,9 @@ def merge_stacked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
 def moments_of_view(x: Tensor, weight: Tensor | None = None) -> Moments:
     """Moments of a tensor seen as (outer, channel, inner), weights broadcastable to it.
 
-    The mean first, then the squares about it: nothing cancels. Values of 32 bits or fewer are summed in
-    float32 over short runs about a shift that is near the mean, so that x − shift is exact; everything else
-    goes in float64.
+    A tensor (groups, outer, channel, inner) gives those of each group. The mean first, then the squares about it:
+    nothing cancels. Values of 32 bits or fewer are summed in float32 over short runs about a shift that is near the
+    mean, so that x − shift is exact; everything else goes in float64.
     """
     graph = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
     if weight is None and not graph and x.dtype != torch.float64 and x.numel():
@@ -179,35 +184,42 @@ def moments_of_view(x: Tensor, weight: Tensor | None = None) -> Moments:
         # Values near the largest float32 overflow in squares and sums; float64 then tells them from a real Inf.
         if x.device.type != "cpu" or bool(torch.isfinite(found.m2).all()):
             return found
-    parts = [(slice(None),) * 3] if graph or x.device.type != "cpu" else list(cut(x.shape))
+    parts = [(slice(None),) * x.dim()] if graph or x.device.type != "cpu" else list(cut(x.shape))
     weight = None if weight is None else weight.expand_as(x)
-    wide = [_wide_moments(x[p], None if weight is None else weight[p]) for p in parts]
-    return wide[0].merge(*wide[1:])
+    of_groups: dict[Hashable, list[Moments]] = {}
+    for part in parts:
+        found = _wide_moments(x[part], None if weight is None else weight[part])
+        of_groups.setdefault(tuple((s.start, s.stop) for s in part[:-3]), []).append(found)
+    wide = [first.merge(*others) for first, *others in of_groups.values()]
+    if len(wide) == 1:
+        return wide[0]
+    return Moments(*(torch.cat([getattr(m, name) for m in wide]) for name in ("count", "mean", "m2")))
 
 
 def _narrow_moments(x: Tensor) -> Moments:
     """Two sweeps, part by part on the CPU so that what lies between stays in cache.
 
-    With s near the mean and d = x − s: mean = s + Σd/n and M2 = Σd² − (Σd)²/n, whose second term only mends
+    With s near the mean and d = x − s: mean = s + Σd/n and M2 = Σd² − (Σd)²/n, whose second term only corrects
     the rounding of s.
     """
     wide = statistics_dtype(x.device)
     on_cpu = x.device.type == "cpu"
-    parts = list(cut(x.shape)) if on_cpu else [(slice(None),) * 3]
+    parts = list(cut(x.shape)) if on_cpu else [(slice(None),) * x.dim()]
     # The CPU sums float32 pairwise, in one pass; elsewhere float64 accumulators cost nothing.
     summed = torch.float32 if on_cpu else wide
-    count = float(x.shape[0] * x.shape[2])
-    total = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+    count = float(x.shape[-3] * x.shape[-1])
+    total = torch.zeros((*x.shape[:-3], x.shape[-2]), dtype=wide, device=x.device)
     for part in parts:
-        total += x[part].sum((0, 2), dtype=summed)
+        total[part[:-3]].add_(x[part].sum((-3, -1), dtype=summed))
     shift = (total / count).to(torch.float32)
-    shift_view = shift.view(1, -1, 1)
+    shift_view = over_channels(shift)
     sum_d, sum_dd = torch.zeros_like(total), torch.zeros_like(total)
     room = Room(x.device)
     for part in parts:
-        d = torch.sub(x[part], shift_view, out=room.like(x[part]))
-        sum_d += d.sum((0, 2), dtype=summed)
-        sum_dd += d.mul_(d).sum((0, 2), dtype=summed)
+        groups = part[:-3]
+        d = torch.sub(x[part], shift_view[groups], out=room.like(x[part]))
+        sum_d[groups].add_(d.sum((-3, -1), dtype=summed))
+        sum_dd[groups].add_(d.mul_(d).sum((-3, -1), dtype=summed))
     mean = shift.to(wide) + sum_d / count
     # Not below 0, where rounding could carry the difference of a constant channel.
     return Moments(torch.full_like(total, count), mean, (sum_dd - sum_d.square() / count).clamp_(min=0))
@@ -223,9 +235,9 @@ class Room:
         """Room of the part's shape; what was there is lost."""
         if self._flat.numel() < part.numel():
             self._flat = torch.empty(part.numel(), dtype=self._flat.dtype, device=self._flat.device)
-        strides = [0, 0, 0]
+        strides = [0] * part.dim()
         step = 1
-        for d in sorted(range(3), key=part.stride):
+        for d in sorted(range(part.dim()), key=part.stride):
             strides[d] = step
             step *= part.shape[d]
         return self._flat.as_strided(part.shape, strides)
@@ -233,36 +245,52 @@ class Room:
 
 def _wide_moments(x: Tensor, weight: Tensor | None) -> Moments:
     x = x.to(statistics_dtype(x.device))
-    shape = (1, -1, 1)
+    inside = (-3, -1)
     if weight is None:
-        count = torch.full((x.shape[1],), float(x.shape[0] * x.shape[2]), dtype=x.dtype, device=x.device)
+        shape = (*x.shape[:-3], x.shape[-2])
+        count = torch.full(shape, float(x.shape[-3] * x.shape[-1]), dtype=x.dtype, device=x.device)
     else:
         weight = weight.to(x.dtype)
-        count = weight.sum((0, 2))
+        count = weight.sum(inside)
     safe = torch.where(count > 0, count, torch.ones_like(count))
-    mean = _weighted(x, weight).sum((0, 2)) / safe
-    # Once more about itself: the sum's rounding goes, and a constant channel has exactly its value as the mean.
-    rest = _weighted(x - mean.view(shape), weight).sum((0, 2)) / safe
+    mean = _weighted(x, weight).sum(inside) / safe
+    # A second pass about the mean removes the rounding of the sum; a constant channel gets exactly its value.
+    rest = _weighted(x - over_channels(mean), weight).sum(inside) / safe
     mean = mean + torch.where(torch.isfinite(rest), rest, torch.zeros_like(rest))
-    m2 = _weighted((x - mean.view(shape)).square(), weight).sum((0, 2))
+    m2 = _weighted((x - over_channels(mean)).square(), weight).sum(inside)
     return Moments(count, mean, m2)
+
+
+def over_channels(t: Tensor) -> Tensor:
+    """(channels,) or (groups, channels) so that it broadcasts to a view (outer, channel, inner) or (groups, ...)."""
+    return t.unsqueeze(-1).unsqueeze(-3)
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x * weight
 
 
-def cut(shape: torch.Size, values: int = PART) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices that cut an (outer, channel, inner) tensor into parts of about ``values`` elements, all channels each."""
-    outer, channels, inner = shape
+def cut(shape: torch.Size, values: int = PART) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut an (outer, channel, inner) tensor into parts of about ``values`` elements, all channels each.
+
+    A tensor (groups, outer, channel, inner) is cut between its groups, and within them where they are larger.
+    """
+    *groups, outer, channels, inner = shape
     if channels == 1:
         # torch splits a sum to a single number among threads, and its bits would hang on how many there are.
         values = min(values, UNSPLIT)
+    if groups:
+        together = values // max(1, outer * channels * inner)
+        if together > 1:
+            for first in range(0, groups[0], together):
+                yield slice(first, min(first + together, groups[0])), slice(None), slice(None), slice(None)
+            return
     rows = max(1, values // max(1, channels * inner))
     width = inner if rows > 1 else max(1, values // max(1, channels))
-    for first in range(0, max(outer, 1), rows):
-        for start in range(0, max(inner, 1), max(width, 1)):
-            yield slice(first, first + rows), slice(None), slice(start, start + width)
+    for group in [(slice(g, g + 1),) for g in range(groups[0])] if groups else [()]:
+        for first in range(0, max(outer, 1), rows):
+            for start in range(0, max(inner, 1), max(width, 1)):
+                yield *group, slice(first, first + rows), slice(None), slice(start, start + width)
 
 
 def broadcast_weights(function: str, name: str, x: Tensor, weight: Tensor) -> Tensor:

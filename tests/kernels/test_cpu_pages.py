@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,13 +71,40 @@ def test_no_more_than_so_much_lies_idle(pool: pages.Pool) -> None:
 
 def test_what_has_been_idle_longest_goes_first() -> None:
     own = a_pool(most_idle=3 * pages.LARGE)
-    blocks = [own._take(size) for size in (2, 4, 2)]
+    blocks = [own._take(count * pages.PAGE) for count in (2, 4, 2)]
     for block in blocks:
         own.give(block)
     assert own.idle() == 3 * pages.LARGE
-    assert own._take(2) is blocks[2]
-    assert own._take(4) is blocks[1]
-    assert own._take(2) is not blocks[0]
+    assert own._take(2 * pages.PAGE) is blocks[2]
+    assert own._take(4 * pages.PAGE) is blocks[1]
+    assert own._take(2 * pages.PAGE) is not blocks[0]
+
+
+def test_what_is_left_after_the_whole_pages_lies_in_small_ones() -> None:
+    """Else an output of 6.1 MiB would occupy 8."""
+    size = 3 * pages.PAGE + 5000
+    block = a_pool()._take(size)
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(block.memory, block.start)), 1, size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block.memory)) + block.start
+    large, resident = huge_and_resident(start, block.pages * pages.PAGE)
+    if not large:
+        pytest.skip("this system has no large pages to give")
+    assert large == 3 * pages.PAGE
+    assert resident - large < 64 << 10
+
+
+def huge_and_resident(start: int, length: int) -> tuple[int, int]:
+    """Bytes of these addresses that lie in large pages, and in any, as the system says."""
+    found = {"AnonHugePages": 0, "Rss": 0}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            first = int(line.split("-")[0], 16)
+            inside = start <= first < start + length
+        elif inside and key in found:
+            found[key] += int(value.split()[0]) << 10
+    return found["AnonHugePages"], found["Rss"]
 
 
 def test_shape_strides_and_dtype(pool: pages.Pool) -> None:
@@ -317,14 +347,14 @@ def test_a_process_with_little_memory_keeps_little(
 def test_a_size_of_which_nothing_lies_idle_does_not_keep_the_others() -> None:
     """The first queue is empty when the limit is reached: the block that lies idle longest still goes."""
     own = a_pool(most_idle=8 * pages.PAGE)
-    small = own._take(2)
+    small = own._take(2 * pages.PAGE)
     own.give(small)
     del small
-    taken = own._take(2)  # the queue of this size is there, and empty
+    taken = own._take(2 * pages.PAGE)  # the queue of this size is there, and empty
     for _ in range(3):
-        large = own._take(4)
-        another = own._take(4)
-        third = own._take(4)
+        large = own._take(4 * pages.PAGE)
+        another = own._take(4 * pages.PAGE)
+        third = own._take(4 * pages.PAGE)
         for block in (large, another, third):
             own.give(block)
         del large, another, third, block

@@ -14,14 +14,13 @@ from torch.nn.utils import parametrize, prune
 import batchnorm as bn
 from batchnorm.errors import ArgumentError
 from batchnorm.lifecycle.conversion.report import Conversion
-from batchnorm.nn.distributed import SyncBatchNorm
 from tolerances import assert_close, to_float64
 
 PAIRS: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[int, ...]]] = {
     "1d": (nn.BatchNorm1d, bn.BatchNorm1d, (6, 3)),
     "2d": (nn.BatchNorm2d, bn.BatchNorm2d, (4, 3, 5, 2)),
     "3d": (nn.BatchNorm3d, bn.BatchNorm3d, (2, 3, 3, 2, 2)),
-    "sync": (nn.SyncBatchNorm, SyncBatchNorm, (4, 3, 5)),
+    "sync": (nn.SyncBatchNorm, bn.BatchNorm, (4, 3, 5)),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -386,3 +385,54 @@ def test_converting_twice_and_joining_later_is_taken_back_as_a_whole() -> None:
     assert model[0].activation == "relu"
     bn.revert(bn.revert(model))
     assert [identity_of_state(m) for m in model.modules()] == before
+
+
+def test_every_layer_gets_the_process_group_and_revert_takes_it_away() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), bn.BatchNorm1d(3), nn.SyncBatchNorm(3), bn.FrozenBatchNorm2d(3))
+    kept = list(model)
+    done: list[Conversion] = []
+    convert = bn.convert(model, process_group="world", report=done.append)
+    assert convert is model
+    assert [getattr(layer, "process_group", None) for layer in model] == ["world", "world", "world", None]
+    assert [type(layer) for layer in model] == [bn.BatchNorm2d, bn.BatchNorm1d, bn.BatchNorm, bn.FrozenBatchNorm2d]
+    assert [layer.reason for layer in done[0].left] == ["is ours already"]
+    assert all(a is b for a, b in zip(kept, model, strict=True))
+    assert [layer.process_group for layer in pickle.loads(pickle.dumps(model))[:3]] == ["world"] * 3
+    bn.convert(model)
+    assert model[0].process_group == "world"
+    bn.revert(model)
+    assert [type(layer) for layer in model[:3]] == [nn.BatchNorm2d, nn.SyncBatchNorm, nn.SyncBatchNorm]
+    assert [layer.process_group for layer in model[1:3]] == [None, None]
+    assert not any(name.startswith("_ranks") for layer in model for name in vars(layer))
+
+
+def test_a_group_taken_away_does_not_come_back_with_revert() -> None:
+    model = nn.Sequential(bn.BatchNorm(3, process_group="world"), nn.SyncBatchNorm(3))
+    bn.convert(model, process_group=None)
+    assert [layer.process_group for layer in model] == [None, None]
+    done: list[Conversion] = []
+    bn.revert(model, report=done.append)
+    assert [layer.reason for layer in done[0].left] == [
+        "BatchNorm takes an input of any rank, and torch.nn has no such layer",
+        "it lost its process group since, and torch.nn.SyncBatchNorm always has one",
+    ]
+
+
+def test_what_is_no_process_group_changes_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(ArgumentError) as error:
+        bn.convert(model, process_group="everyone")  # type: ignore[arg-type]
+    assert str(error.value) == (
+        'convert: expected a process_group of None, "world" or a ProcessGroup that this rank belongs to, got '
+        "'everyone'. "
+        'torch.distributed.new_group returns one; "world" is the default group.'
+    )
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_lazy_layer_takes_its_group_along() -> None:
+    model = bn.convert(nn.Sequential(nn.LazyBatchNorm1d()), process_group="world")
+    model(torch.randn(4, 3))
+    assert (type(model[0]), model[0].process_group) == (bn.BatchNorm1d, "world")
+    bn.revert(model)
+    assert type(model[0]) is nn.BatchNorm1d

@@ -18,7 +18,8 @@ def test_synchronizing_a_layer_with_extras_is_an_error_that_names_the_way_out() 
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert str(caught.value) == (
         "convert_sync_batchnorm: expected a layer without extras, got BatchNorm2d(activation='relu', "
-        "nonfinite='skip'). They would be lost: call batchnorm.revert(model) first."
+        "nonfinite='skip'). They would be lost. Call batchnorm.convert(model, process_group=\"world\"), which keeps "
+        "them, or batchnorm.revert(model) first."
     )
     assert isinstance(model[1], bn.BatchNorm2d)
 

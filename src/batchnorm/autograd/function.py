@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.autograd import phases
 from batchnorm.kernels import composite
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.contract import Kernel, Needs, Running, kept
 from batchnorm.kernels.plain import is_plain
+from batchnorm.kernels.seams import PLAIN, Seams
+from batchnorm.moments import Moments
 
 NEEDS = {asked: Needs(*asked) for asked in product((False, True), repeat=4)}
 """Made once: making a named tuple is slow beside a small kernel."""
@@ -37,7 +40,10 @@ class Call:
     mask: Tensor | None = None
     population: tuple[Tensor, Tensor] | None = None  # mean and variance of inference; None: the batch's own
     running: Running | None = None  # updated by the forward
+    seams: Seams = PLAIN
     stats: Tensor | None = None  # found by the forward in training: mean and biased variance, (2, channels)
+    found: Moments | None = None  # the moments behind ``stats``, where a step came between statistics and use
+    correction: tuple[Tensor, Tensor] | None = None  # r and d of the forward, constants
     bias: Tensor | None = None  # beside what autograd saves: backward does not look at its values, and they may change
 
 
@@ -55,7 +61,13 @@ class BatchNormFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         activation, mask, kernel = call.activation, call.mask, call.kernel
-        if call.population is None:
+        if call.seams is not PLAIN:
+            y, stats, call.found, call.correction = phases.forward(
+                kernel, x, weight, bias, call.eps, call.seams, residual=residual, activation=activation, mask=mask,
+                sample_weight=sample_weight,
+            )  # fmt: skip
+            call.stats = stats
+        elif call.population is None:
             y, stats = kernel.forward(
                 x, weight, bias, call.eps, residual=residual, activation=activation, mask=mask,
                 sample_weight=sample_weight, running=call.running,
@@ -100,9 +112,17 @@ class BatchNormFunction(torch.autograd.Function):
         if x is None:
             # Inference, frozen: the gradient looks at dy and at the sign of y, never at the values of x.
             x = dy
+        if call.found is not None:
+            phased = phases.backward(
+                call.kernel, dy, x, stats, call.found.count, call.eps, weight, bias, reducer=call.seams.reducer,
+                correction=call.correction, groups=call.seams.groups, residual=residual, y=y,
+                activation=call.activation, mask=mask, sample_weight=sample_weight, needs=NEEDS[needs_grad[:4]],
+            )  # fmt: skip
+            return (*phased, None, None)
         grads = call.kernel.backward(
             dy, x, stats, call.eps, weight, bias, training=call.population is None, residual=residual, y=y,
             activation=call.activation, mask=mask, sample_weight=sample_weight, needs=NEEDS[needs_grad[:4]],
+            groups=call.seams.groups,
         )  # fmt: skip
         return (*grads, None, None)
 
@@ -142,6 +162,7 @@ def _through_graph(
     population = None if call.population is None else (stats[0], stats[1])
     graph = torch.is_grad_enabled()
     needs = NEEDS[needs_grad[:4]]
+    correction = call.correction
     with torch.enable_grad():
         if x is None:
             # Frozen inference: the gradient is linear in dy, whatever the values of x were.
@@ -155,6 +176,8 @@ def _through_graph(
         z, _ = composite.normalized(
             x, weight, bias, call.eps, population=population, residual=None if linear else residual,
             activation=IDENTITY if linear else call.activation, mask=mask, sample_weight=sample_weight,
+            reducer=call.seams.reducer, correct=None if correction is None else lambda _: correction,
+            groups=call.seams.groups,
         )  # fmt: skip
         dy = dy.to(z.dtype)
         if linear:

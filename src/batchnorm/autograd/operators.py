@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.kernels import eager, layout
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.contract import Kernel, Needs, kept
+from batchnorm.kernels.contract import Kernel, Needs, count_of, kept
 from batchnorm.moments import statistics_dtype
 
 
@@ -32,18 +32,27 @@ def train(
     eps: float,
     activation: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor]:
-    """y, and the batch's mean and biased variance, (2, channels)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the batch's mean and biased variance, (2, channels), and whether the batch counts, a bool of shape ().
+
+    It does not where a checkpoint runs a compiled forward again in backward, which only the running code can tell.
+    """
     act = Activation(activation, negative_slope)
     kernel = _kernel(x, weight, bias, residual, activation=act, mask=mask, sample_weight=sample_weight)
-    return kernel.forward(
+    y, stats = kernel.forward(
         x, weight, bias, eps, residual=residual, activation=act, mask=mask, sample_weight=sample_weight
     )
+    count = count_of(x, mask, sample_weight)
+    if isinstance(count, Tensor):
+        # The mask's values were not checked: a channel may have none, and its variance would be 0/0.
+        stats = torch.where(count > 0, stats, 0.0)
+    return y, stats, x.new_full((), torch._C._current_graph_task_id() == -1, dtype=torch.bool)
 
 
 @train.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return layout.of(x).empty(x), x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.device))
+    return layout.of(x).empty(x), stats, x.new_empty((), dtype=torch.bool)
 
 
 @torch.library.custom_op("batchnorm::infer", mutates_args=())
@@ -129,14 +138,44 @@ def _(
     )
 
 
-def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def correction(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    r_max: Tensor,
+    d_max: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """r and d of batch renormalization (``nn.renorm``), from mean and biased variance; without a derivative."""
+    wide = mean.dtype
+    std = torch.sqrt(running_var.to(wide) + eps)
+    r = torch.sqrt(var + eps) / std
+    d = (mean - running_mean.to(wide)) / std
+    return torch.minimum(torch.maximum(r, 1 / r_max), r_max), torch.minimum(torch.maximum(d, -d_max), d_max)
+
+
+recorded_correction = torch.library.custom_op("batchnorm::correction", mutates_args=())(correction)
+"""The same as one operator.
+
+A compiler computes ordinary operations again in backward where that saves memory. There it would read running
+statistics that forward has moved since.
+"""
+
+
+@recorded_correction.register_fake
+def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _save_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, residual, mask, sample_weight, *options = inputs
-    y, stats = output
-    ctx.mark_non_differentiable(stats)
+    y, stats, counts = output
+    ctx.mark_non_differentiable(stats, counts)
     _save(ctx, x, weight, bias, residual, mask, sample_weight, y, stats, options, training=True)
 
 
-def _differentiate_train(ctx: Any, dy: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_train(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     sample_weight = ctx.saved_tensors[-1]
     if sample_weight is not None and sample_weight.requires_grad:
         raise NotImplementedError("batchnorm::train: no gradient for sample_weight under a compiler. Detach it.")

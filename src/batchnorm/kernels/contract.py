@@ -12,6 +12,7 @@ measuring and using. What holds for all of them:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,29 @@ from torch import Tensor
 
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.moments import Moments, counted, statistics_dtype
+
+
+class Groups(NamedTuple):
+    """A batch in groups of consecutive samples: group g has samples g·size to (g + 1)·size, the last one up to the end.
+
+    Each group is normalized by its own statistics, whatever the size of the last one. Statistics and sums then have the
+    shape (groups, channels), ``stats`` (2, groups, channels), and weight and bias may be (groups, channels) too.
+    """
+
+    size: int
+    number: int
+
+    def sizes(self, samples: int) -> list[int]:
+        """How many samples each group has."""
+        return [self.size] * (self.number - 1) + [samples - self.size * (self.number - 1)]
+
+    def pieces(self, samples: int) -> list[tuple[slice, Groups]]:
+        """One or two runs of samples with groups of one size, each with its groups."""
+        last = samples - self.size * (self.number - 1)
+        if self.number == 1 or last == self.size:
+            return [(slice(0, samples), Groups(last, self.number))]
+        head = samples - last
+        return [(slice(0, head), Groups(self.size, self.number - 1)), (slice(head, samples), Groups(last, 1))]
 
 
 class Running(NamedTuple):
@@ -89,11 +113,14 @@ class Kernel(Protocol):
         activation: Activation = IDENTITY,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        groups: Groups | None = None,
     ) -> str | None:
         """None where this kernel serves plain tensors (see ``kernels.plain``) like these, else why it does not."""
 
     @staticmethod
-    def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
+    def moments(
+        x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None, groups: Groups | None = None
+    ) -> Moments:
         """Count, mean and M2 of each channel."""
 
     @staticmethod
@@ -109,6 +136,7 @@ class Kernel(Protocol):
         activation: Activation = IDENTITY,
         mask: Tensor | None = None,
         out: Tensor | None = None,
+        groups: Groups | None = None,
     ) -> Tensor:
         """activation((x − mean)/√(var + eps)·weight + bias + residual), 0 where the mask is False.
 
@@ -129,6 +157,7 @@ class Kernel(Protocol):
         y: Tensor | None = None,
         activation: Activation = IDENTITY,
         mask: Tensor | None = None,
+        groups: Groups | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Σdz and Σdz·x̂ of each channel, float64 (channels,).
 
@@ -153,6 +182,7 @@ class Kernel(Protocol):
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         needs: Needs = INPUT_ONLY,
+        groups: Groups | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """dx = weight/√(var + eps)·(dz − w·(Σdz + x̂·Σdz·x̂)/count), and dz as the residual's gradient.
 
@@ -171,8 +201,9 @@ class Kernel(Protocol):
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         running: Running | None = None,
+        groups: Groups | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Training: y, and the batch's mean and biased variance as a tensor of shape (2, channels)."""
+        """Training: y, and the batch's mean and biased variance, (2, channels); no ``running`` beside ``groups``."""
 
     @staticmethod
     def backward(
@@ -190,6 +221,7 @@ class Kernel(Protocol):
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         needs: Needs,
+        groups: Groups | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """dx, dweight, dbias and the residual's gradient, None for each that is not needed.
 
@@ -198,12 +230,48 @@ class Kernel(Protocol):
         """
 
 
-def count_of(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | float:
-    """Values a channel: a number, or the sum of the weights of each channel, (channels,)."""
+def count_of(
+    x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, groups: Groups | None = None
+) -> Tensor | float:
+    """Values a channel: a number, or the sum of the weights of each channel, (channels,); in groups see below."""
+    if groups is not None:
+        return group_counts(x, mask, sample_weight, groups)
     weight = counted(mask, sample_weight)
     if weight is None:
         return x.numel() / max(1, x.shape[1])
     return weight.to(statistics_dtype(x.device)).expand(x.shape).transpose(0, 1).flatten(1).sum(1)
+
+
+def group_counts(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, groups: Groups) -> Tensor:
+    """Values a channel in each group, or the sum of their weights, (groups, channels)."""
+    wide = statistics_dtype(x.device)
+    samples, channels, *inner = x.shape
+    weight = counted(mask, sample_weight)
+    if weight is None:
+        found = torch.full((groups.number, channels), groups.size * math.prod(inner), dtype=wide, device=x.device)
+        last = samples - groups.size * (groups.number - 1)
+        if last != groups.size:
+            found[-1] = last * math.prod(inner)
+        return found
+    repeats = math.prod(n // m for n, m in zip(inner, weight.shape[2:], strict=True))
+    per_sample = (weight.to(wide).flatten(2).sum(2) if inner else weight.to(wide)).expand(samples, channels)
+    return sums_in_groups(per_sample * repeats, groups)
+
+
+def group_of_samples(samples: int, groups: Groups, device: torch.device) -> Tensor:
+    """Which group each sample belongs to, int64 (samples,)."""
+    return (torch.arange(samples, device=device) // groups.size).clamp(max=groups.number - 1)
+
+
+def sums_in_groups(t: Tensor, groups: Groups) -> Tensor:
+    """The sums over the samples of each group, (groups, channels), of a tensor (samples, channels)."""
+    index = group_of_samples(t.shape[0], groups, t.device)
+    return t.new_zeros((groups.number, t.shape[1])).index_add(0, index, t)
+
+
+def enough(found: Moments) -> Tensor:
+    """() bool: True if every channel has more than one value, so that it has an unbiased variance."""
+    return (found.count > 1).all()
 
 
 def moments_from(stats: Tensor, count: Tensor | float) -> Moments:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.lifecycle.conversion import fuse as fusing
-from batchnorm.lifecycle.conversion.layers import Swap, class_name, is_norm, is_ours, to_ours, to_torchs
+from batchnorm.lifecycle.conversion.layers import UNCHANGED, Swap, class_name, is_norm, is_ours, to_ours, to_torchs
 from batchnorm.lifecycle.conversion.places import places
 from batchnorm.lifecycle.conversion.report import Conversion, Fusion, LayerChange
 from batchnorm.lifecycle.conversion.transaction import Transaction, transaction
+from batchnorm.nn.distributed import Ranks
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import GroupLike
 
 Report = Callable[[Conversion], object]
 Names = dict[nn.Module, list[str]]
@@ -23,6 +27,7 @@ def convert(
     *,
     fuse: bool = False,
     example_inputs: Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None = None,
+    process_group: GroupLike | Literal["unchanged"] = UNCHANGED,
     report: Report | None = None,
 ) -> nn.Module:
     """Swap every batch normalization layer for the one of this library, in place, and return the model.
@@ -37,6 +42,9 @@ def convert(
     Left as they are, with the reason in the report: subclasses of torch's layers with members of their own (as
     timm's ``BatchNormAct2d``), layers whose ``forward`` was replaced on the instance, layers with attributes
     where ours has its own.
+
+    ``process_group`` gives every layer that group, layers of ours included: their training batches are then those
+    of all its ranks together (docs/distributed.md). A ``SyncBatchNorm`` has its own group without it.
 
     ``fuse=True`` also joins a norm with the activation after it, and a norm with an addition and the activation
     after that, where that changes nothing but speed and memory. ``example_inputs`` is run through a copy of the
@@ -59,6 +67,8 @@ def convert(
         fuse: also join norms with what follows them
         example_inputs: a tensor, a tuple of the forward's arguments, or a dict of its keyword arguments; at least
             two values a channel, as training asks for. Without it nothing is joined
+        process_group: a ProcessGroup, "world" for the default group whenever there is one, None for no exchange, or
+            "unchanged": each layer keeps its own
         report: called with the ``Conversion``, what was done and what was left: ``report=print`` shows it,
             ``report=some_list.append`` keeps it
 
@@ -66,7 +76,8 @@ def convert(
         the model; another object only where the model itself is a layer
 
     Raises:
-        ArgumentError: a model that is no module, or ``example_inputs`` without ``fuse=True``
+        ArgumentError: a model that is no module, ``example_inputs`` without ``fuse=True``, a process group that
+            is none of the above, or one for a layer with virtual batches
         On any error, Ctrl-C included, the model is left exactly as it was.
 
     >>> import torch, batchnorm as bn
@@ -85,7 +96,8 @@ def convert(
         todo = "They are for finding out what can be joined: add fuse=True."
         raise ArgumentError(expected("convert", "example_inputs with fuse=True alone", "fuse=False", todo))
     layers = _layers(model, is_norm)
-    plan = {layer: to_ours(layer) for layer in layers}
+    ranks = UNCHANGED if process_group == UNCHANGED else Ranks.of("convert", process_group)
+    plan = {layer: to_ours(layer, ranks) for layer in layers}
     with transaction() as changes:
         result, rows = _carry_out(changes, model, layers, plan)
         fusions: tuple[Fusion, ...] = ()
@@ -102,14 +114,15 @@ def revert(model: nn.Module, *, report: Report | None = None) -> nn.Module:
     """Swap every layer of this library for torch's, in place, and return the model: ``convert`` undone.
 
     A converted layer becomes what it was: ``SyncBatchNorm`` with its process group, a frozen layer of its own
-    class. What ``convert(fuse=True)`` joined is taken apart first: activation modules and forwards are those
-    of before. A layer that was built as ours becomes torch's of the same rank; its activation becomes a module
+    class, a ``BatchNorm2d`` without the process group that ``convert`` gave it. What ``convert(fuse=True)`` joined is
+    taken apart first: activation modules and forwards are those of before. A layer that was built as ours becomes
+    torch's of the same rank, or ``SyncBatchNorm`` if it has a process group; its activation becomes a module
     after it where both stand in an ``nn.Sequential`` (under a name of its own, so that no key of the state
     dict changes; positions after it move by one). Tensors, hooks and the rest stay as with ``convert``.
 
-    Left as they are, with the reason in the report: ``BatchNorm`` of any rank and ``FrozenBatchNorm2d``, which
-    torch.nn does not have; an activation that has no place; options such as ``too_few`` that torch's layers do
-    not have; subclasses.
+    Left as they are, with the reason in the report: ``BatchNorm`` of any rank without a process group and
+    ``FrozenBatchNorm2d``, which torch.nn does not have; an activation that has no place; options such as
+    ``too_few`` that torch's layers do not have; subclasses.
 
     Arguments:
         model: any module

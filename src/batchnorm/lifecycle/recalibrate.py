@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError, expected
+from batchnorm.lifecycle.domains import held
 from batchnorm.lifecycle.progress import OnProgress, shown
 from batchnorm.lifecycle.recalibration.collect import Estimator, Population
 from batchnorm.lifecycle.recalibration.gap import Gap
 from batchnorm.lifecycle.recalibration.observe import BUFFERS, Observation
 from batchnorm.lifecycle.recalibration.passes import Forward, Found, Runner, joint, sequential
+from batchnorm.lifecycle.recalibration.ranks import Meetings
 from batchnorm.lifecycle.recalibration.report import LayerStatistics, Order, Recalibration, counted
+from batchnorm.nn import BatchNorm
+from batchnorm.nn.distributed import wire_of
+from batchnorm.nn.frozen import has_frozen_statistics
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import GroupLike
 
 
 def recalibrate(
@@ -31,6 +39,7 @@ def recalibrate(
     skip_eval: bool = False,
     gap_batches: int = 0,
     progress: bool | OnProgress = False,
+    process_group: GroupLike = None,
 ) -> Recalibration:
     r"""Set the running statistics of every batch normalization layer to those of the given data.
 
@@ -59,9 +68,14 @@ def recalibrate(
     layer where it has one value a channel, that one included, and its forward ends there. Under "paper" a single
     sample is left out beside larger batches. The report says so.
 
-    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` (each process measures its own
-    batches) and subclasses, however their modules reach them: ``lifecycle.recalibration.observe`` says how, and
-    what remains unseen. A layer that is used several times in a forward is shown every use.
+    With ``process_group`` each rank measures its own batches, of any sizes and any number, none included, and all ranks
+    merge what they found at the end of each pass: the statistics are those of the batches of all ranks together, with
+    the same bits on every rank. Nothing is exchanged during a forward, layers with a process group included: in joint
+    order each rank normalizes by its own batch. If a rank fails, all ranks raise and none is changed.
+
+    Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules
+    reach them: ``lifecycle.recalibration.observe`` says how, and what remains unseen. A layer that is used several
+    times in a forward is shown every use.
     ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and
     reported.
 
@@ -88,6 +102,8 @@ def recalibrate(
         gap_batches: measure the train/eval gap on so many batches, which are held in memory: three forwards each
         progress: show a bar with the time left on standard error; or a function, called with the work done and
             the work there is (None where that is not known), in batches
+        process_group: the ranks that the data is spread over: a ProcessGroup, or "world" for the default group; None
+            for this process's batches alone. ``max_batches``, ``progress`` and ``gap_batches`` are those of each rank
 
     Returns:
         the statistics of each layer before and after; ``print`` shows a table
@@ -95,6 +111,7 @@ def recalibrate(
     Raises:
         ArgumentError: no batches, no layer to recalibrate, mini-batches of unequal size under "paper", values too
             few for a variance, or batches that can be gone through only once in sequential order
+        ExchangeError: another rank failed, or did not take part within the group's time-out
         NonFiniteError: an Inf or NaN reached a layer; layer, channel and batch are named
         On any error, Ctrl-C included, the model is left exactly as it was.
 
@@ -105,16 +122,23 @@ def recalibrate(
     (10, 320)
     """
     _check_arguments(estimator, order, batches, max_batches, gap_batches)
+    meetings = Meetings(wire_of("recalibrate", process_group))
     layers, left_alone = _choose(model, skip_eval)
     before = {name: _statistics(layer) for name, layer in layers.items()}
     observation = Observation(model, layers)
     written: list[_Written] = []
     try:
-        with shown("recalibrate", progress) as update:
+        ours = [layer for layer in layers.values() if isinstance(layer, BatchNorm)]
+        with shown("recalibrate", progress) as update, held("recalibrate", ours):
             observation.begin()
             run = _default_forward if forward is None else forward
-            runner = Runner(model, observation, run, estimator, update)
-            found, gaps = _measure(runner, batches, order, max_batches, gap_batches)
+            runner = Runner(model, observation, run, estimator, update, meetings)
+            try:
+                found, gaps = _measure(runner, batches, order, max_batches, gap_batches)
+                meetings.all(None)  # no rank writes before every rank has something to write
+            except Exception as error:
+                meetings.failed(error)
+                raise
         observation.end()
         report = _report(estimator, order, found, gaps, before, left_alone)
         written.append(_Written(layers))
@@ -162,6 +186,8 @@ def _choose(model: nn.Module, skip_eval: bool) -> tuple[dict[str, _BatchNorm], d
         elif is_lazy(buffers["running_mean"]):
             got, todo = f"{name} ({kind}), which has seen no input", "Run the model once on a batch."
             raise ArgumentError(expected("recalibrate", "layers that know their channels", got, todo))
+        elif has_frozen_statistics(module):
+            left_alone[name] = "frozen by batchnorm.freeze"
         elif skip_eval and not module.training:
             left_alone[name] = "in eval mode (skip_eval=True)"
         else:

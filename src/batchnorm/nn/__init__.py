@@ -4,6 +4,8 @@ from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNor
 from batchnorm.nn.frozen import FrozenBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.nn.linear import BatchNormLinear
+from batchnorm.nn.masks import mask_from_lengths
+from batchnorm.nn.renorm import Renorm
 
 __all__ = [
     "BatchNorm",
@@ -15,4 +17,6 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Renorm",
+    "mask_from_lengths",
 ]

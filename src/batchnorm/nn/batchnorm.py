@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,24 @@ from torch.nn.modules import batchnorm as torch_layers
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
-from batchnorm.checks import EVERYWHERE, check, check_places, check_residual
+from batchnorm.checks import EVERYWHERE, Places, check, check_places, check_residual
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.functional import Batch, Population
 from batchnorm.kernels.activations import Activation
 from batchnorm.kernels.activations import activation as activation_by_name
+from batchnorm.kernels.contract import Running
+from batchnorm.kernels.seams import PLAIN, Seams
+from batchnorm.nn.counting import check_size, groups_of, has_too_few
+from batchnorm.nn.distributed import Ranks, TooFewAcrossRanks, exchange
+from batchnorm.nn.domains import bring_home
 from batchnorm.nn.foreign import Absent
-from batchnorm.nn.running import Guarded, at_least_float32, following
+from batchnorm.nn.frozen import has_frozen_statistics
+from batchnorm.nn.options import check_options
+from batchnorm.nn.renorm import Renorm, fill_in_steps, place_steps, steps_of
+from batchnorm.nn.running import Accumulated, Guarded, Stage, at_least_float32, destination
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import GroupLike
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -54,17 +65,31 @@ class BatchNorm(_BatchNorm):
         negative_slope: of "leaky_relu"
         too_few: what training does with a batch of one value a channel, which has no variance. "raise":
             torch's error. "running": that batch is normalized with the running statistics, as in eval
-            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.)
+            mode, and counted nowhere. (No separate "skip" is offered: it would do the same.) What counts are the
+            values that mask and sample_weight leave, with a ``process_group`` those of all ranks. Counting what a
+            mask leaves reads one number, which under torch.compile ends the graph with "running"; with "raise"
+            nothing is read there, and such a batch leaves the running statistics as they are
         nonfinite: what the running statistics do with a batch that holds an Inf or NaN. "propagate":
             follow it, as torch does, and stay NaN. "skip": it leaves statistics and counter as they were;
             its output is what it is. "raise": an error that names layer, channels and batch, with nothing
             changed. Both cost a look at the batch's statistics, on a GPU a synchronization
+        process_group: the ranks that a training batch is spread over: a ``torch.distributed`` ProcessGroup, or
+            "world", the default group whenever there is one. Mean, variance and running statistics are then those
+            of the batch of all ranks together. None (not torch's SyncBatchNorm's default): this process's batch
+            alone. Without an initialized group, with one rank and in eval mode nothing is exchanged. See
+            docs/distributed.md
+        virtual_batch_size: in training, normalize every so many consecutive samples by their own statistics
+            (ghost batches, Hoffer et al. 2017). A remainder is a group of its own if it has at least two values
+            a channel, else it joins the last group. The running statistics follow once a forward, by the merged
+            moments of all groups: they are those of the layer without virtual batches
+        renorm: ``batchnorm.Renorm``, batch renormalization
 
     Running statistics stay float32 when the model is cast to half precision. A batch without values
     changes nothing, not even the counter.
 
     Tools that read a layer's attributes and build another one from them know torch's arguments only.
-    ``SyncBatchNorm.convert_sync_batchnorm`` raises where there are extras (``batchnorm.revert`` the model first).
+    ``SyncBatchNorm.convert_sync_batchnorm`` raises if there are extras (``batchnorm.convert`` with a process group
+    keeps them).
     ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation``
     and the other extras are lost without a word. Use ``batchnorm.fold``, or layers without extras.
 
@@ -84,7 +109,12 @@ class BatchNorm(_BatchNorm):
     (tensor([0.2000, 0.5000]), tensor([1.1000, 0.9000]))
     """
 
-    __jit_unused_properties__ = ["activation", "negative_slope"]
+    __jit_unused_properties__ = ["activation", "negative_slope", "renorm", "process_group"]
+
+    # Set on an instance whose batches do not go to its buffers (nn/running.py), or that has domains (nn/domains.py).
+    _staged: ClassVar[Stage | None] = None
+    _domains: ClassVar[tuple[str, ...]] = ()
+    _domain: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -101,18 +131,32 @@ class BatchNorm(_BatchNorm):
         negative_slope: float = 0.01,
         too_few: TooFew = "raise",
         nonfinite: NonFinite = "propagate",
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
+        process_group: GroupLike = None,
     ) -> None:
         name = type(self).__name__
         _one_of(name, "too_few", too_few, get_args(TooFew))
         _one_of(name, "nonfinite", nonfinite, get_args(NonFinite))
-        if too_few == "running" and not track_running_stats:
-            todo = 'Track them, or leave too_few="raise".'
-            raise ArgumentError(expected(name, 'running statistics for too_few="running"', "none tracked", todo))
+        check_size(name, virtual_batch_size)
+        on = {
+            'too_few="running"': too_few == "running",
+            "track_running_stats=False": not track_running_stats,
+            "virtual_batch_size": virtual_batch_size is not None,
+            "renorm": renorm is not None,
+            "process_group": process_group is not None,
+        }
+        check_options(name, [option for option, is_on in on.items() if is_on])
         act = activation_by_name(activation, negative_slope)
+        ranks = Ranks.of(name, process_group)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._set_activation(act)
         self.too_few: TooFew = too_few
         self.nonfinite: NonFinite = nonfinite
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
+        self._ranks = ranks
+        self._exchanges = ranks is not None  # for TorchScript
         be_a_leaf(self)
         self._widen(self._buffers.copy())
 
@@ -125,6 +169,17 @@ class BatchNorm(_BatchNorm):
     def activation(self, name: str | None) -> None:
         self._set_activation(activation_by_name(name, self.negative_slope))
 
+    @property
+    def renorm(self) -> Renorm | None:
+        """Batch renormalization; may be set."""
+        return self._renorm
+
+    @renorm.setter
+    def renorm(self, renorm: Renorm | None) -> None:
+        self._renorm = renorm
+        self._renorms = renorm is not None  # for TorchScript
+        place_steps(self, renorm)
+
     def _set_activation(self, activation: Activation) -> None:
         self._activation = activation
         self._function, self._slope = activation.name, activation.negative_slope  # for TorchScript
@@ -133,6 +188,23 @@ class BatchNorm(_BatchNorm):
     def negative_slope(self) -> float:
         """The slope of "leaky_relu" below zero."""
         return self._activation.negative_slope if self.activation == "leaky_relu" else 0.01
+
+    @property
+    def process_group(self) -> object:
+        """The group that training exchanges over: None, "world" or a ProcessGroup; may be set.
+
+        A layer that was unpickled where there is no group of that name gives an object that shows name and ranks.
+        """
+        return None if self._ranks is None else self._ranks.given()
+
+    @process_group.setter
+    def process_group(self, process_group: object) -> None:
+        name = type(self).__name__
+        ranks = Ranks.of(name, process_group)
+        if ranks is not None and self.virtual_batch_size is not None:
+            check_options(name, ["process_group", "virtual_batch_size"])
+        self._ranks = ranks
+        self._exchanges = ranks is not None
 
     def forward(
         self,
@@ -167,30 +239,68 @@ class BatchNorm(_BatchNorm):
         training, eps = self.training, self.eps
         by_batch = training or (mean is None and var is None)
         followed = training and self.track_running_stats
-        if by_batch and self.too_few == "running" and self._has_too_few(input) and mean is not None:
-            by_batch = followed = False
+        over = None
+        if self._ranks is not None and training:
+            if torch.compiler.is_compiling():
+                # Made here: importing the compiler takes seconds.
+                y: Tensor = torch.compiler.disable(self._normalize)(input, residual, mask, sample_weight)
+                return y
+            over = exchange(self, self._ranks, input, mask, sample_weight)
+        whole = over is None
         name = type(self).__name__
+        careful = by_batch and whole and self.too_few == "running" and mean is not None
+        if careful and has_too_few(name, input, mask, sample_weight, self.virtual_batch_size):
+            by_batch = followed = False
         read = followed or not by_batch
-        check(name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch)
+        check(
+            name, input, weight, bias, mean if read else None, var if read else None, eps, by_batch=by_batch,
+            whole=whole,
+        )  # fmt: skip
         places = EVERYWHERE
         if mask is not None or sample_weight is not None:
-            places = check_places(name, input, mask, sample_weight, by_batch=by_batch)
+            places = check_places(name, input, mask, sample_weight, by_batch=by_batch and whole)
         if residual is not None:
             residual = check_residual(name, input, residual)
         statistics: Population | Batch
+        steps = None
         if not by_batch:
             assert mean is not None and var is not None
             statistics = Population(mean, var)
         else:
-            running = None
+            into: Running | Accumulated | None = None
             values: object = input.numel()
-            if followed and (type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
-                running = following(mean, var, self.momentum, batches)
-            statistics = Batch(running if self.nonfinite == "propagate" else Guarded(self, running, self.nonfinite))
-        return functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
+            if followed and (not whole or type(values) is Tensor or values != 0):  # a tensor under torch.jit.trace
+                into = destination(self, mean, var, batches)
+            sink = into if self.nonfinite == "propagate" else Guarded(self, into, self.nonfinite)
+            if self._renorm is None and self.virtual_batch_size is None:
+                statistics = Batch(sink)
+            else:
+                statistics = Batch(sink, self._seams(input, mean, var, places))
+                steps = None if self._renorm is None or into is None else steps_of(self)
+            if over is not None:
+                statistics = over.seen_by(statistics)
+        try:
+            y = functional.run(input, weight, bias, eps, statistics, self._activation, residual, places)
+        except TooFewAcrossRanks:
+            if self.too_few == "raise" or mean is None or var is None:
+                raise
+            population = Population(mean, var)
+            return functional.run(input, weight, bias, eps, population, self._activation, residual, places)
+        if steps is not None and (over is None or not over.empty):
+            steps.add_(1)
+        return y
 
-    def _has_too_few(self, input: Tensor) -> bool:
-        return input.dim() > 1 and input.numel() <= input.shape[1]
+    def _seams(self, input: Tensor, mean: Tensor | None, var: Tensor | None, places: Places) -> Seams:
+        """What comes between statistics and use in training: virtual batches and renormalization."""
+        if not self.training:
+            return PLAIN
+        groups = correct = None
+        if self.virtual_batch_size is not None:
+            groups = groups_of(type(self).__name__, input, self.virtual_batch_size, places)
+        if self._renorm is not None:
+            assert mean is not None and var is not None
+            correct = self._renorm.correction(mean, var, self.eps, steps_of(self))
+        return PLAIN if groups is None and correct is None else Seams(None, correct, groups)
 
     def _scripted(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, sample_weight: Tensor | None
@@ -200,6 +310,11 @@ class BatchNorm(_BatchNorm):
             raise RuntimeError("batchnorm: TorchScript takes no mask or sample_weight. Call the layer outside of it.")
         if self.nonfinite != "propagate" or self.too_few != "raise":
             raise RuntimeError("batchnorm: TorchScript serves nonfinite='propagate' and too_few='raise' only.")
+        if self.training and (self._exchanges or self._renorms or self.virtual_batch_size is not None):
+            raise RuntimeError(
+                "batchnorm: TorchScript trains without process_group, renorm and virtual_batch_size. "
+                "Train the layer outside of it."
+            )
         self._check_input_dim(input)
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         follow = self.training and self.track_running_stats
@@ -249,7 +364,23 @@ class BatchNorm(_BatchNorm):
             extras["too_few"] = self.too_few
         if self.nonfinite != "propagate":
             extras["nonfinite"] = self.nonfinite
+        if self._ranks is not None:
+            extras["process_group"] = self._ranks
+        if self._domains:
+            extras["domains"] = list(self._domains)
+        if has_frozen_statistics(self):
+            extras["frozen"] = True
+        if self.virtual_batch_size is not None:
+            extras["virtual_batch_size"] = self.virtual_batch_size
+        if self.renorm is not None:
+            extras["renorm"] = self.renorm
         return extras
+
+    def reset_running_stats(self) -> None:
+        """Running statistics of 0 and 1, no batch counted; the warm-up of ``renorm`` begins again."""
+        super().reset_running_stats()
+        if "renorm_steps" in self._buffers:
+            steps_of(self).zero_()
 
     qconfig = Absent()
     parametrizations = Absent()
@@ -264,16 +395,24 @@ class BatchNorm(_BatchNorm):
         self._widen(before)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        bring_home(self, prefix, destination)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self._domains:
+            state_dict = dict(state_dict)
+            bring_home(self, prefix, state_dict)
+        fill_in_steps(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # assign=True hands over the checkpoint's own tensors, which may be bfloat16.
         self._widen(self._buffers.copy())
 
     def _widen(self, before: dict[str, Tensor | None]) -> None:
         """Running statistics in no less than float32, with the digits they had ``before`` a cast."""
-        for name in ("running_mean", "running_var"):
-            now, then = self._buffers[name], before[name]
-            if now is not None and then is not None:
+        for name, now in self._buffers.items():
+            then = before[name]
+            if name.startswith("running_") and now is not None and then is not None:
                 self._buffers[name] = at_least_float32(now, then)
 
 

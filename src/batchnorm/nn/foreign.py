@@ -37,7 +37,11 @@ class Absent:
             extras = layer._extras()
             if SYNC in callers and extras:
                 shown = ", ".join(f"{name}={value!r}" for name, value in extras.items())
-                got, todo = f"{owner.__name__}({shown})", "They would be lost: call batchnorm.revert(model) first."
+                got = f"{owner.__name__}({shown})"
+                todo = (
+                    'They would be lost. Call batchnorm.convert(model, process_group="world"), which keeps them, or '
+                    "batchnorm.revert(model) first."
+                )
                 raise ArgumentError(expected("convert_sync_batchnorm", "a layer without extras", got, todo))
             if FUSE in callers:
                 got, todo = f"batchnorm.{owner.__name__}", "Call batchnorm.revert(model) first."

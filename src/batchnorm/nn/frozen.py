@@ -1,7 +1,8 @@
-"""``FrozenBatchNorm2d``: statistics, scale and shift are all buffers, and never change."""
+"""Frozen layers: ``FrozenBatchNorm2d``, whose class says so, and the state that ``freeze`` gives to any other layer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,42 @@ from batchnorm.errors import ArgumentError
 from batchnorm.kernels.activations import activation as activation_by_name
 
 BUFFERS = ("weight", "bias", "running_mean", "running_var")
+
+
+FROZEN = "_batchnorm_frozen"
+"""The attribute of a layer that ``freeze`` has frozen. It is copied and pickled with the layer."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What ``freeze`` has changed: which parameters required grad, None where it did not ask."""
+
+    requires_grad: dict[str, bool] | None = None
+
+
+class StaysInEval:
+    """The ``train`` of a layer with frozen statistics: an attribute of its own, before that of its class.
+
+    The mode is remembered, the layer itself stays in eval mode. So everything that looks at ``layer.training`` sees
+    what the layer does, whatever its class, and the forward needs to know nothing of freezing.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.mode = layer.training
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """As ``nn.Module.train``, for the layer's children too."""
+        layer = self.layer
+        type(layer).train(layer, mode)
+        layer.training = False
+        self.mode = mode
+        return layer
+
+
+def has_frozen_statistics(layer: nn.Module) -> bool:
+    """Whether ``freeze`` keeps the layer in eval mode."""
+    return isinstance(layer.__dict__.get("train"), StaysInEval)
 
 
 class FrozenBatchNorm2d(nn.Module):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, expected
 from batchnorm.nn.batchnorm import BatchNorm, TooFew, be_a_leaf
+from batchnorm.nn.frozen import has_frozen_statistics
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import GroupLike
 
 
 class BatchNormLinear(nn.Module):
@@ -25,7 +31,8 @@ class BatchNormLinear(nn.Module):
             was first written with is 0.05 here
         affine: whether the normalization has a γ and β of its own
         bias: whether the projection has a bias
-        too_few: what training does with a single sample, see ``BatchNorm``
+        too_few, process_group: what training does with a single sample, and the ranks that a batch is spread over,
+            see ``BatchNorm``
 
     Shape:
         input (..., in_features), output (..., out_features); every position before the last dimension is a
@@ -52,13 +59,16 @@ class BatchNormLinear(nn.Module):
         affine: bool = False,
         bias: bool = True,
         too_few: TooFew = "raise",
+        process_group: GroupLike = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.norm = BatchNorm(in_features, eps, momentum, affine, device=device, dtype=dtype, too_few=too_few)
+        self.norm = BatchNorm(
+            in_features, eps, momentum, affine, device=device, dtype=dtype, too_few=too_few, process_group=process_group
+        )
         self.linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         be_a_leaf(self)
 
@@ -68,7 +78,7 @@ class BatchNormLinear(nn.Module):
         Arguments:
             x: shape (..., in_features)
             inference: True uses the running statistics for this call, False the batch's (and updates the
-                running ones), None does as ``.training`` says
+                running ones), None does as ``.training`` says. A norm with frozen statistics uses them in any case
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if inference is not None:
@@ -89,7 +99,7 @@ class BatchNormLinear(nn.Module):
         norm = self.norm
         before = norm.training
         y: Tensor
-        if inference is None or inference != before:
+        if inference is None or inference != before or has_frozen_statistics(norm):
             y = norm(samples)
             return y
         norm.train(not inference)

@@ -29,3 +29,9 @@ def path_of(module: nn.Module) -> str:
         seen.add(id(current))
         names.append(name)
     return ".".join(reversed(names))
+
+
+def described(layer: nn.Module) -> str:
+    """``layer1.0.bn2 (BatchNorm2d)``, or the class alone where no module holds the layer."""
+    path, kind = path_of(layer), type(layer).__name__
+    return f"{path} ({kind})" if path else kind

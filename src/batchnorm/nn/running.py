@@ -1,19 +1,20 @@
-"""How running statistics follow the batches: with what weight, in what precision, and past which batches."""
+"""How running statistics follow the batches: their weight, their precision, and which batches they skip."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinite
 from batchnorm.errors import AutogradError, expected
 from batchnorm.kernels import plain
-from batchnorm.kernels.contract import Running
+from batchnorm.kernels.contract import Running, enough
 from batchnorm.moments import Moments
-from batchnorm.nn.naming import path_of
+from batchnorm.nn.naming import described
 
 
 def following(
@@ -37,28 +38,185 @@ def following(
     return Running(mean, var, 1.0 / (int(batches) + 1), batches)
 
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Buffers(NamedTuple):
+    """One set of running statistics: tensors of shape (channels,), and the counter."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+
+    def sink(self, momentum: float | None) -> Running:
+        """What the next batch is written to."""
+        running = following(self.mean, self.var, momentum, self.batches)
+        assert running is not None
+        return running
+
+    def copy(self) -> Buffers:
+        """Buffers of their own with the same values."""
+        return Buffers(*(None if t is None else t.detach().clone() for t in self))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def assign(self, values: Buffers) -> None:
+        """Take over the values of a copy."""
+        for t, value in zip(self, values, strict=True):
+            if t is not None and value is not None:
+                t.copy_(value)
+
+    def differs_from(self, values: Buffers) -> Tensor:
+        """A bool of shape (): whether any value is another, NaN being equal to NaN."""
+        differs = torch.zeros((), dtype=torch.bool, device=self.mean.device)
+        for t, value in zip(self, values, strict=True):
+            if t is not None and value is not None:
+                differs = differs | ((t != value) & ((t == t) | (value == value))).any()
+        return differs
+
+
+class Accumulated:
+    """The merged moments of several batches, to be written as one.
+
+    Its tensors stay the same objects and are written in place, so that a compiled forward can write them too.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        found = Moments.empty(buffers.mean.shape[0], buffers.mean.device)
+        self._count, self._mean, self._m2 = found.count, found.mean, found.m2
+        self._buffers = buffers
+
+    @property
+    def running(self) -> Running:
+        """The statistics that the moments are for, to look at their dtype and counter."""
+        return Running(self._buffers.mean, self._buffers.var, 0.0, self._buffers.batches)
+
+    @property
+    def moments(self) -> Moments:
+        """Of all batches so far."""
+        return Moments(self._count, self._mean, self._m2)
+
+    def sink(self, momentum: float | None) -> Accumulated:
+        """Itself: with which weight the moments will count is decided when they are written."""
+        return self
+
+    @torch.no_grad()
+    def update(self, batch: Moments, where: Tensor | None = None) -> None:
+        """Merge a batch; not at all where the bool ``where`` is False."""
+        if where is not None:
+            count, mean, m2 = (torch.where(where, t, torch.zeros_like(t)) for t in _tensors_of(batch))
+            batch = Moments(count, mean, m2)
+        for mine, value in zip(self._tensors(), _tensors_of(self.moments.merge(batch.detach())), strict=True):
+            mine.copy_(value)
+
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
+        """Merge a batch."""
+        self.update(found, where)
+
+    def copy(self) -> Accumulated:
+        """The same moments in tensors of their own."""
+        other = Accumulated(self._buffers)
+        other.assign(self)
+        return other
+
+    @torch.no_grad()
+    def assign(self, values: Accumulated) -> None:
+        """Take over the moments of a copy."""
+        for mine, value in zip(self._tensors(), values._tensors(), strict=True):
+            mine.copy_(value)
+
+    def differs_from(self, values: Accumulated) -> Tensor:
+        """A bool of shape (): whether any value is another, NaN being equal to NaN."""
+        pairs = zip(self._tensors(), values._tensors(), strict=True)
+        return torch.stack([((t != v) & ((t == t) | (v == v))).any() for t, v in pairs]).any()
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self._count, self._mean, self._m2
+
+
+Destination = Buffers | Accumulated
+"""What a layer's batches go to. ``copy`` gives another one, ``assign`` takes a copy's values over."""
+
+
+class Stage:
+    """What stands between a layer and its buffers inside a block: a destination for each set of statistics.
+
+    It lives on the layer as ``_staged``. A copy of the layer that is made inside the block is not part of the block:
+    there ``_staged`` is None.
+    """
+
+    def __init__(self, slots: dict[str | None, Destination]) -> None:
+        self.slots = slots
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def destination(
+    layer: Any, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
+) -> Running | Accumulated | None:
+    """Where the moments of the layer's next batch go; None where they go nowhere.
+
+    Nowhere in a backward: a forward that runs there is the recomputation of an activation checkpoint, and its batch
+    was counted the first time. ``torch.compile`` recomputes what it checkpoints without this function.
+    """
+    if not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1:
+        return _recomputed(mean, var, layer.momentum, batches)
+    stage: Stage | None = layer._staged
+    if stage is None:
+        return following(mean, var, layer.momentum, batches)
+    slot = stage.slots.get(layer._domain)
+    return None if slot is None else slot.sink(layer.momentum)
+
+
+def _recomputed(
+    mean: Tensor | None, var: Tensor | None, momentum: float | None, batches: Tensor | None
+) -> Running | None:
+    """None, or under a dispatch mode statistics that nobody reads.
+
+    Selective checkpointing counts the operations of the first forward and gives back their results by number: there
+    the same operations have to run again.
+    """
+    if mean is None or var is None or not torch._C._len_torch_dispatch_stack():
+        return None
+    with _disable_current_modes():
+        mean, var, batches = mean.clone(), var.clone(), None if batches is None else batches.clone()
+    return following(mean, var, momentum, batches)
+
+
 @dataclass(frozen=True)
 class Guarded:
     """Running statistics that batches with an Inf or NaN do not reach: the sink of ``nonfinite``."""
 
     layer: nn.Module
-    running: Running | None
+    into: Running | Accumulated | None
     policy: Literal["raise", "skip"]
 
-    def take(self, found: Moments) -> None:
-        """Follow the batch if it is finite, else leave everything as it is or raise."""
+    @property
+    def running(self) -> Running | None:
+        """The statistics that the batch is for."""
+        return self.into.running if isinstance(self.into, Accumulated) else self.into
+
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
+        """Follow the batch if it is finite, else leave everything as it is or raise.
+
+        Not where the bool ``where`` is False. A batch whose mask left too few values, which was not checked under a
+        compiler, is not followed either.
+        """
+        counted = enough(found) if where is None else enough(found) & where
         if self.policy == "skip":
-            if self.running is not None:
-                self.running.update(found, where=finite_channels(found, self.running).all())
+            if self.into is not None:
+                self.into.update(found, where=finite_channels(found, self.running).all() & counted)
             return
         bad = self._nonfinite(found)
         if bad:
-            batches = None if self.running is None else self.running.batches
-            path, kind = path_of(self.layer), type(self.layer).__name__
-            where = f"{path} ({kind})" if path else kind
-            raise_nonfinite(where, bad, None if batches is None else int(batches) + 1)
-        if self.running is not None:
-            self.running.update(found)
+            running = self.running
+            batches = None if running is None else running.batches
+            raise_nonfinite(described(self.layer), bad, None if batches is None else int(batches) + 1)
+        if self.into is not None:
+            self.into.update(found, where=counted)
 
     def _nonfinite(self, found: Moments) -> list[int]:
         if found.mean.is_meta:
@@ -85,3 +243,7 @@ def at_least_float32(buffer: Tensor, before: Tensor) -> Tensor:
     if buffer.is_meta or before.is_meta:
         return buffer.to(torch.float32)
     return before.to(device=buffer.device, dtype=torch.float32)
+
+
+def _tensors_of(found: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    return found.count, found.mean, found.m2

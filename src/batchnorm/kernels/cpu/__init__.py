@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.kernels.contract import INPUT_ONLY, Needs, Running, count_of, moments_from
-from batchnorm.kernels.cpu import plan, wide_range
+from batchnorm.kernels.contract import INPUT_ONLY, Groups, Needs, Running, count_of, moments_from
+from batchnorm.kernels.cpu import grouped, plan, wide_range
 from batchnorm.kernels.cpu.block import pack_what
 from batchnorm.moments import Moments
 
@@ -41,6 +41,7 @@ def supports(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> str | None:
     """None where the compiled kernels serve, or why they do not."""
     if not x.is_cpu:
@@ -57,10 +58,14 @@ def supports(
         for name, t in (("mask", mask), ("sample_weight", sample_weight)):
             if t is not None and t.shape[1] != 1 and x.shape[1] != 1:
                 return f"a {name} of each channel's own"
-    return None
+    return None if groups is None else grouped.why_not(x, groups)
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
+def moments(
+    x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None, groups: Groups | None = None
+) -> Moments:
+    if groups is not None:
+        return grouped.moments(x, groups, mask, sample_weight)
     masked = mask is not None or sample_weight is not None
     p = plan.find("MOMENTS", x, masked=masked)
     x = p.readable("x", x) if p.copied else x
@@ -90,7 +95,12 @@ def normalize(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
+    if groups is not None:
+        return grouped.normalize(
+            x, mean, var, eps, weight, bias, groups, residual=residual, activation=activation, mask=mask, out=out
+        )
     if out is not None and out.data_ptr() == x.data_ptr() and wide_range.is_far(x, mean, var):
         return out.copy_(
             wide_range.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask)
@@ -134,7 +144,13 @@ def forward(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     running: Running | None = None,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if groups is not None:
+        return grouped.forward(
+            x, weight, bias, eps, groups, residual=residual, activation=activation, mask=mask,
+            sample_weight=sample_weight,
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     running_mean = running_var = batches = None
     factor = 0.0
@@ -189,7 +205,12 @@ def backward_sums(
     y: Tensor | None = None,
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if groups is not None:
+        return grouped.backward_sums(
+            dy, x, mean, var, eps, weight, bias, groups, y=y, activation=activation, mask=mask
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
@@ -228,6 +249,7 @@ def backward_input(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     needs: Needs = INPUT_ONLY,
+    groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     if sums is None:
         stats = torch.stack((mean, var))
@@ -236,6 +258,11 @@ def backward_input(
             needs=Needs(needs.x, False, False, needs.residual),
         )  # fmt: skip
         return dx, dresidual
+    if groups is not None:
+        return grouped.backward_input(
+            dy, x, mean, var, eps, weight, bias, sums, count, groups, y=y, activation=activation, mask=mask,
+            sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
@@ -283,7 +310,13 @@ def backward(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     needs: Needs,
+    groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if groups is not None:
+        return grouped.backward(
+            dy, x, stats, eps, weight, bias, groups, y=y, activation=activation, mask=mask,
+            sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     passed_on = None
     if activation.name == "identity" and mask is None:

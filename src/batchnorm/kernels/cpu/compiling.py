@@ -29,6 +29,7 @@ from numba import int64, types
 from numba.core.caching import FunctionCache
 
 from batchnorm.kernels.cpu.block import THREAD, THREADS
+from batchnorm.kernels.cpu.resident import release_code
 from batchnorm.kernels.cpu.scalars import ELEMENTS, INTERNAL, Element
 from batchnorm.kernels.cpu.threads import openmp
 
@@ -68,6 +69,7 @@ class Kernel:
                 self._compiled = _compile(_entry(self._name, self._body, self.element))
                 self.alone = _direct(self._compiled.address)
                 self.address = int(self._compiled.address)
+                release_code("libllvmlite")
         return self.address
 
     def _compile_and_run(self, block: bytes) -> None:

@@ -1,15 +1,15 @@
-"""A storage of PyTorch's over memory that a Python object owns, as resizable as any other.
+"""PyTorch storages over memory that a Python object owns, resizable like any other.
 
-``torch.frombuffer`` makes a storage over an object's buffer, and lets go of the object when the storage is freed. But
-such a storage cannot be resized: ``storage.resize_(0)``, which FSDP uses to free memory for a while, raises, and so
-does every ``out=`` that has to grow. What it lacks is a flag (``resizable``) and the allocator for the new memory. C++
-sets both (``at::for_blob(...).allocator(...).resizeable_storage()``); no function of PyTorch's Python interface does.
+``torch.frombuffer`` makes a storage over an object's buffer, and drops its reference to the object when the storage is
+freed. But such a storage cannot be resized: ``storage.resize_(0)``, which FSDP uses to free memory for a while, raises,
+and so does every ``out=`` that has to grow. It lacks a flag (``resizable``) and the allocator for the new memory. C++
+can set both (``at::for_blob(...).allocator(...).resizeable_storage()``); PyTorch's Python interface cannot.
 
-So the two fields are written here, into the C++ object behind a storage that nobody else has seen yet. Where they lie
-is not assumed: storages that PyTorch allocated are compared with storages over buffers. The flag is the one byte that
-is 1 in all of the former and 0 in all of the latter, the allocator the one word that is the same address in all of the
-former and null in all of the latter. ``find`` then tries the result out on a storage of its own: it has to be resizable
-and to give its buffer back. If anything is not as expected, there is no lending, and callers allocate with PyTorch.
+So the two fields are written here, into the C++ object of a storage that nobody else has seen yet. Their offsets are
+not assumed: storages that PyTorch allocated are compared with storages over buffers. The flag is the one byte that is 1
+in all of the former and 0 in all of the latter; the allocator is the one word that holds the same address in all of the
+former and null in all of the latter. ``find`` then tests the result on a storage of its own: it must be resizable and
+release its buffer. If anything differs from what is expected, nothing is lent, and callers allocate with PyTorch.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 OBJECT_BYTES = 96
-"""Bytes of a C++ storage that are looked at: a ``StorageImpl`` of torch 2.6 to 2.13 has so many."""
+"""Bytes of a C++ storage that are compared: the size of a ``StorageImpl`` in torch 2.6 to 2.13."""
 
 SAMPLES = 8
-"""Storages of either kind that are compared, so that two fields do not look right by chance."""
+"""Storages of each kind that are compared, so that no field looks right by chance."""
 
 WORD = 8
 
 
 class Fields(NamedTuple):
-    """Where a C++ storage keeps what decides about resizing."""
+    """Where a C++ storage keeps what resizing needs."""
 
     resizable: int  # offset of the flag, in bytes
     allocator: int  # offset of the pointer to the allocator, in bytes
@@ -40,11 +40,11 @@ class Fields(NamedTuple):
 
 
 def tensor_over(buffer: Any, dtype: torch.dtype, fields: Fields) -> Tensor:
-    """A flat tensor over all of ``buffer``, whose storage holds the buffer until it is freed, resized or moved.
+    """A flat tensor over all of ``buffer``; its storage holds the buffer until it is freed, resized or moved.
 
     Arguments:
-        buffer: an object with a writable buffer of as many bytes as some elements of ``dtype``
-        fields: what ``find`` found
+        buffer: an object with a writable buffer, whose size is a multiple of ``dtype``'s
+        fields: the result of ``find``
     """
     tensor = torch.frombuffer(buffer, dtype=dtype)
     storage = tensor.untyped_storage()._cdata  # the address of the C++ object
@@ -55,7 +55,7 @@ def tensor_over(buffer: Any, dtype: torch.dtype, fields: Fields) -> Tensor:
 
 @lru_cache(maxsize=1)
 def find() -> Fields | None:
-    """The fields of this PyTorch's storages, or None where they are not found for certain."""
+    """The fields in this version of PyTorch, or None unless they were found beyond doubt."""
     if ctypes.sizeof(ctypes.c_void_p) != WORD:
         return None
     fields = _compare()
@@ -63,7 +63,7 @@ def find() -> Fields | None:
 
 
 def _compare() -> Fields | None:
-    """The fields in which storages that PyTorch allocated differ from those over buffers."""
+    """The fields by which storages that PyTorch allocated differ from those over buffers."""
     sizes = [64 * (i + 1) for i in range(SAMPLES)]
     own = [torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage() for size in sizes]
     over = [torch.frombuffer(bytearray(size), dtype=torch.uint8).untyped_storage() for size in sizes]
@@ -91,12 +91,12 @@ def _compare() -> Fields | None:
 
 
 def _flags_only(word: bytes) -> bool:
-    """Whether these eight bytes are truth values rather than an address."""
+    """True if these eight bytes are booleans rather than an address."""
     return max(word) <= 1
 
 
 def _works(fields: Fields) -> bool:
-    """Whether a storage over a buffer can be emptied and filled again, and lets its buffer go."""
+    """True if a storage over a buffer can grow and shrink, and then releases its buffer."""
     buffer = (ctypes.c_char * 64).from_buffer(bytearray(b"x" * 64))
     gone = weakref.ref(buffer)
     storage = tensor_over(buffer, torch.uint8, fields).untyped_storage()

@@ -1,4 +1,4 @@
-"""How much memory this process may have, and whether an allocation can fail because of what it holds already."""
+"""How much memory this process may use, and whether idle memory of its own can make an allocation fail."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def address_space_is_limited() -> bool:
-    """Whether this process has a limit on its mappings (``ulimit -v``, ``ulimit -d``).
+    """True if this process has a limit on its mappings (``ulimit -v``, ``ulimit -d``).
 
-    Under such a limit every mapping counts, whether there is memory behind it or not, and the system does not take
-    anything back to make room: the next allocation fails. The limit can change at any time, so it is read each time.
+    Under such a limit every mapping counts, whether there is memory behind it or not, and the system reclaims nothing
+    to make room: the next allocation fails. The limit can change at any time, so it is read each time.
     """
     return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in _MAPPING_LIMITS)
 
 
 def memory() -> int | None:
-    """Bytes that this process may use: the machine's memory or the limit of a cgroup, None where neither is known."""
+    """Bytes that this process may use: the machine's memory or a cgroup's limit, None if neither is known."""
     limits = [physical_memory(), cgroup_limit()]
     return min((limit for limit in limits if limit is not None), default=None)
 
@@ -40,11 +40,11 @@ def physical_memory() -> int | None:
 
 
 def cgroup_limit(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
-    """The tightest memory limit of this process's cgroup and those above it, None where there is none.
+    """The lowest memory limit of this process's cgroup and its ancestors, None if there is none.
 
     Arguments:
         cgroups: where version 2 is mounted, with version 1 in ``memory`` under it
-        own: the file that names this process's cgroups, a line ``hierarchy:controllers:path`` for each hierarchy
+        own: the file that names this process's cgroups, one line ``hierarchy:controllers:path`` for each hierarchy
     """
     found = []
     for line in _read(own).splitlines():
@@ -56,7 +56,7 @@ def cgroup_limit(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None
         else:
             continue
         folder = Path(path.lstrip("/"))
-        # In a container the path may be the host's: what is mounted is then the root alone.
+        # In a container the path may be that of the host: then only the root is mounted.
         for part in (folder, *folder.parents):
             value = _read(root / part / name).strip()
             if value.isdecimal():

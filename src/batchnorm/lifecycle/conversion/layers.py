@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 
 from batchnorm import functional
 from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.distributed import SyncBatchNorm
-from batchnorm.nn.frozen import BUFFERS, FrozenBatchNorm2d
+from batchnorm.nn.distributed import WORLD, Ranks
+from batchnorm.nn.frozen import BUFFERS, FrozenBatchNorm2d, has_frozen_statistics
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.nn.options import check_options
 
 # What a converted layer remembers. It stands on the layer alone, is copied and pickled with it, and goes with `revert`.
 MEMORY = "_converted_from"
@@ -24,15 +25,17 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
-    nn.SyncBatchNorm: SyncBatchNorm,
+    nn.SyncBatchNorm: BatchNorm,
     nn.LazyBatchNorm1d: LazyBatchNorm1d,
     nn.LazyBatchNorm2d: LazyBatchNorm2d,
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
-TORCHS = {ours: theirs for theirs, ours in OURS.items()}
+TORCHS = {ours: theirs for theirs, ours in OURS.items() if ours is not BatchNorm}
 STATE = (*BUFFERS, "num_batches_tracked")
 # Keyword-only arguments of our layers that have a meaning of their own for `revert`, or for torch's layers too.
 UNDERSTOOD = frozenset({"bias", "activation", "negative_slope", "process_group"})
+UNCHANGED: Literal["unchanged"] = "unchanged"
+"""In place of a process group: every layer keeps the one that it has."""
 # The eps of frozen layers that hold none, as transformers' do.
 USUAL_EPS = 1e-5
 
@@ -81,10 +84,21 @@ def plain_class(layer: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def to_ours(layer: nn.Module) -> Swap | str:
-    """What ``layer`` is swapped for, or in words why it is left."""
+def to_ours(layer: nn.Module, ranks: Ranks | Literal["unchanged"] | None = UNCHANGED) -> Swap | str:
+    """What ``layer`` is swapped for, or in words why it is left.
+
+    Arguments:
+        ranks: of the process group that it gets, None for none
+
+    Raises:
+        ArgumentError: a process group for a layer with virtual batches
+    """
     if is_ours(layer):
-        return "is ours already"
+        if ranks == UNCHANGED or not isinstance(layer, BatchNorm) or layer._ranks == ranks:
+            return "is ours already"
+        if ranks is not None and layer.virtual_batch_size is not None:
+            check_options("convert", ["process_group", "virtual_batch_size"])
+        return Swap(type(layer), _group_attributes(ranks))
     if not isinstance(layer, _BatchNorm):
         return _frozen_to_ours(layer)
     kind = plain_class(layer)
@@ -98,18 +112,34 @@ def to_ours(layer: nn.Module) -> Swap | str:
     reason = _instance_reason(layer, theirs, ours)
     if reason:
         return reason
-    return _swap(layer, kind, ours, _built_like(layer, ours))
+    swap = _swap(layer, kind, ours, _built_like(layer, ours))
+    if theirs is nn.SyncBatchNorm:
+        # Kept in our form: a ProcessGroup cannot be pickled.
+        its = layer.process_group
+        swap = replace(swap, loses=("process_group",))
+        swap.gets.update(_group_attributes(Ranks.of("convert", WORLD if its is None else its)))
+    if ranks != UNCHANGED:
+        swap.gets.update(_group_attributes(ranks))
+    return swap
+
+
+def _group_attributes(ranks: Ranks | None) -> dict[str, Any]:
+    """What a layer of ours keeps of its process group."""
+    return {"_ranks": ranks, "_exchanges": ranks is not None}
 
 
 def to_torchs(layer: nn.Module) -> Swap | str:
     """What ``layer``, one of ours, is swapped for, or in words why it is left. Its activation is not looked at."""
     kind, memory = plain_class(layer), layer.__dict__.get(MEMORY)
+    ranks = layer._ranks if isinstance(layer, BatchNorm) else None
     if isinstance(memory, Origin) and not issubclass(memory.kind, (BatchNorm, FrozenBatchNorm2d)):
         theirs, loses = memory.kind, (*memory.added, MEMORY)
         if issubclass(theirs, nn.modules.batchnorm._LazyNormBase) and kind not in TORCHS.keys() & LAZY:
             theirs = theirs.cls_to_become  # type: ignore[assignment]
-    elif kind in TORCHS:
-        theirs = TORCHS[kind]
+    elif kind in TORCHS or (kind is BatchNorm and ranks is not None):
+        if ranks is not None and kind in LAZY:
+            return "torch.nn has no lazy layer with a process group"
+        theirs = TORCHS[kind] if ranks is None else nn.SyncBatchNorm
         ours, before = _built_like(layer, kind), _built_like(layer, theirs)
         loses = (*(set(ours.__dict__) - set(before.__dict__)), MEMORY)
     elif kind is BatchNorm:
@@ -123,7 +153,15 @@ def to_torchs(layer: nn.Module) -> Swap | str:
         return f"torch.nn.{theirs.__name__} has nothing for {extras}"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    return Swap(_parametrized_like(layer, theirs), {}, tuple(n for n in loses if n in layer.__dict__))
+    gets: dict[str, Any] = {}
+    if issubclass(theirs, nn.SyncBatchNorm):
+        if ranks is None:
+            return "it lost its process group since, and torch.nn.SyncBatchNorm always has one"
+        given = ranks.given()
+        if isinstance(given, Ranks):
+            return f"this process does not have its {given!r}"
+        gets["process_group"] = None if given == WORLD else given
+    return Swap(_parametrized_like(layer, theirs), gets, tuple(n for n in loses if n in layer.__dict__))
 
 
 LAZY = {LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d}
@@ -202,6 +240,8 @@ def _instance_reason(layer: nn.Module, theirs: type[nn.Module], ours: type[nn.Mo
         return f"it has no {', '.join(missing)}"
     template = _built_like(layer, ours)
     own = set(layer.__dict__) - set(_built_like(layer, theirs).__dict__)
+    if has_frozen_statistics(layer):
+        own.discard("train")  # which does the same on ours
     clash = sorted(own & (set(template.__dict__) | set(dir(ours)) | {MEMORY}))
     return f"it has an attribute of its own where ours has one: {', '.join(clash)}" if clash else ""
 
@@ -216,6 +256,8 @@ def _extras_in_use(layer: nn.Module) -> str:
         and name not in UNDERSTOOD
         and getattr(layer, name, option.default) != option.default
     }
+    if isinstance(layer, BatchNorm) and layer._domains:
+        found["domains"] = list(layer._domains)
     return ", ".join(f"{name}={value!r}" for name, value in found.items())
 
 

@@ -76,6 +76,33 @@ class Collected:
             self._too_few(self.pooled)
         return Population(_size(self.pooled), self.uses, self.pooled.mean, self.pooled.variance(biased=False))
 
+    def merge(self, *others: Collected) -> Collected:
+        """What all of them were shown together, in this order.
+
+        Raises:
+            ArgumentError: sizes that do not go together under "paper"
+        """
+        every = (self, *others)
+        pooled = [each.pooled for each in every if each.pooled is not None]
+        whole = Collected(self.name, self.estimator, sum(each.uses for each in every))
+        whole.pooled = pooled[0].merge(*pooled[1:]) if pooled else None
+        for each in every:
+            for into, part in ((whole.parts, each.parts), (whole.singles, each.singles)):
+                for size, found in part.items():
+                    into.setdefault(size, []).extend(found)
+        if len(whole.parts) > 1:
+            whole._unequal(whole.parts)
+        return whole
+
+    def to(self, device: torch.device) -> Collected:
+        """The same with its moments on ``device``."""
+        parts, singles = (
+            {size: [each.to(device) for each in found] for size, found in kept.items()}
+            for kept in (self.parts, self.singles)
+        )
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return Collected(self.name, self.estimator, self.uses, pooled, parts, singles)
+
     @property
     def left_out(self) -> int:
         """How many uses of a single sample "paper" has to leave out, beside batches of more."""

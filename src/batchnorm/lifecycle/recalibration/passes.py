@@ -15,6 +15,7 @@ from batchnorm.lifecycle.progress import OnProgress
 from batchnorm.lifecycle.recalibration.collect import Collected, Estimator, Population
 from batchnorm.lifecycle.recalibration.dependence import Dependence
 from batchnorm.lifecycle.recalibration.observe import Observation, OnUse, Use
+from batchnorm.lifecycle.recalibration.ranks import Meetings
 from batchnorm.lifecycle.recalibration.report import counted
 from batchnorm.moments import Moments
 
@@ -44,6 +45,7 @@ class Runner:
     forward: Forward
     estimator: Estimator
     progress: OnProgress
+    meetings: Meetings
 
     def run(self, batch: Any, on_use: OnUse) -> tuple[bool, object]:
         """Whether the forward went to its end, and its result."""
@@ -67,6 +69,18 @@ class Runner:
     def collect(self) -> dict[str, Collected]:
         return {name: Collected(name, self.estimator) for name in self.observation.layers}
 
+    def merge(self, collected: dict[str, Collected]) -> dict[str, Collected]:
+        """What all ranks collected."""
+        devices = {name: layer.running_mean.device for name, layer in self.observation.layers.items()}  # type: ignore[union-attr]
+        return self.meetings.collected(collected, devices)
+
+    def all_notes(self, own: list[str]) -> list[str]:
+        """The notes of all ranks on their own batches."""
+        every = self.meetings.all(own)
+        if len(every) == 1:
+            return own
+        return [f"rank {rank}: {note}" for rank, notes in enumerate(every) for note in notes]
+
 
 def joint(runner: Runner, batches: Iterable[Any], total: int | None) -> Found:
     """All layers in one pass, each normalizing by the batch."""
@@ -85,10 +99,19 @@ def joint(runner: Runner, batches: Iterable[Any], total: int | None) -> Found:
         runner.run(batch, on_use)
         done += 1
         runner.progress(done, total)
+    notes = runner.all_notes([_stop_note(name, at, runner.estimator) for name, at in stopped.items()])
+    every = runner.meetings.all((done, stopped))
+    done = sum(each for each, _ in every)
+    stopped = _joined([each for _, each in every])
+    collected = runner.merge(collected)
     _refuse_none(done)
     populations = _populations(runner, collected, stopped, done)
-    notes = [_stop_note(name, at, runner.estimator) for name, at in stopped.items()]
     return Found(populations, done, 1, notes + _paper_notes(collected, stopped))
+
+
+def _joined(every: list[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """Lists by layer, one rank's after the other's."""
+    return {name: [at for each in every for at in each.get(name, [])] for name in {n: None for e in every for n in e}}
 
 
 def _populations(
@@ -152,11 +175,12 @@ def sequential(runner: Runner, batches: Iterable[Any], max_batches: int | None, 
                 rest = [name for name in this.reached if name not in this.measured()]
                 total = length + _ahead(_State(rest, state.depends, this.order), length)
             runner.progress(worked + done * share, total)
-        _refuse_none(done, passes)
         worked += done * share
+        stop_notes, total_done = this.meet(done)
+        _refuse_none(total_done, passes)
         passes += 1
         if passes == 1:
-            first = done
+            first = total_done
             state.order = this.order
         for name in this.measured():
             population = populations[name] = this.collected[name].population()
@@ -165,7 +189,7 @@ def sequential(runner: Runner, batches: Iterable[Any], max_batches: int | None, 
         # A layer that was not reached though nothing stopped a forward before it has nothing to be measured on.
         over = {*this.measured(), *(name for name in group if name not in this.reached)}
         state.remaining = [name for name in state.remaining if name not in over]
-        notes += this.notes()
+        notes += [*this.notes(), *stop_notes, *this.paper_notes()]
         total = worked + _ahead(state, done)
     return Found(populations, first, passes, notes)
 
@@ -199,21 +223,41 @@ class _Pass:
         if self._batch == 1 or self.order is not None:
             self.order = self._uses if same else None
 
+    def meet(self, done: int) -> tuple[list[str], int]:
+        """Make this pass that of all ranks: the notes on what was stopped, and how many batches there were."""
+        runner, state = self._runner, self._state
+        every = runner.meetings.all((done, self.reached, self._spoiled, state.depends, self.order, self._stopped))
+        for _, reached, spoiled, depends, _, _ in every:
+            self.reached |= reached
+            self._spoiled |= spoiled
+            for name, on in depends.items():
+                state.depends[name] |= on
+        orders = [order for count, _, _, _, order, _ in every if count]
+        self.order = orders[0] if orders and all(order == orders[0] for order in orders) else None
+        measured = self.measured()
+        own = [_stop_note(name, at, runner.estimator) for name, at in self._stopped.items() if name in measured]
+        self._stopped = _joined([stopped for *_, stopped in every])
+        self.collected = runner.merge(self.collected)
+        return runner.all_notes(own), sum(count for count, *_ in every)
+
     def measured(self) -> list[str]:
         """The layers whose every use was independent of those that remain."""
         return [name for name in self._group if name in self.reached and name not in self._spoiled]
 
     def notes(self) -> list[str]:
+        """On the layers that have no order among them."""
         measured = self.measured()
-        stopped = {name: at for name, at in self._stopped.items() if name in measured}
         together = sorted({tuple(sorted(self._group[name] | {name})) for name in measured if self._group[name]})
-        notes = [
+        return [
             f"{_names(names)} {'uses' if len(names) == 1 else 'use'} what "
             f"{'it' if len(names) == 1 else 'they'} gave before: measured normalizing by the batch, as in joint order"
             for names in together
         ]
-        notes += [_stop_note(name, at, self._runner.estimator) for name, at in stopped.items()]
-        return notes + _paper_notes({name: self.collected[name] for name in measured}, stopped)
+
+    def paper_notes(self) -> list[str]:
+        measured = self.measured()
+        stopped = {name: at for name, at in self._stopped.items() if name in measured}
+        return _paper_notes({name: self.collected[name] for name in measured}, stopped)
 
     def _on_use(self, use: Use) -> bool:
         name, state = use.name, self._state
