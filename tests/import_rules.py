@@ -50,6 +50,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "typer": TOOLS,
     "jinja2": TOOLS,
     "sklearn": TOOLS,
+    "PIL": ("experiments/",),
     "jax": ("bench/",),
     "flax": ("bench/",),
     "torch.distributed": ("nn/distributed.py",),

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from batchnorm.report.drawing import NORMALIZED, PLAIN, STYLE, grouped_steps, new_figure, saved
 from batchnorm.report.inception.metrics import PLAIN as PLAIN_KEY
-from batchnorm.report.inception.metrics import Metrics, Run
+from batchnorm.report.inception.metrics import Metrics, Run, at_chance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,30 +72,29 @@ def figure_4(metrics: Metrics) -> Bytes:
     three and more networks of the variant that is combined. Networks at chance are left out.
     """
     with rc_context(STYLE):
-        chance = 2 / metrics["data"]["classes"]
-        rows: list[tuple[str, str, list[float]]] = []
+        classes = metrics["data"]["classes"]
+        rows: list[tuple[str, str, str, list[float]]] = []  # name, colour, marker, accuracies
         for key, runs in _by_variant(metrics).items():
             found = [run["test_accuracy"] for run in runs if run["test_accuracy"] is not None]
-            if found and max(found) >= chance:
-                rows.append((_name(metrics, key), _LINES[key][0], found))
+            if found and not at_chance(max(found), classes):
+                rows.append((_name(metrics, key), _LINES[key][0], "o", found))
         ensemble = metrics["summary"]["ensemble"]
         if ensemble is not None:
             name, colour = _name(metrics, ensemble["variant"]), _LINES[ensemble["variant"]][0]
             rows += [
-                (f"ensemble of {count} {name}", colour, [together])
+                (f"ensemble of {count} {name}", colour, "D", [together])
                 for count, together in enumerate(ensemble["together"], 1)
                 if count > 1
             ]
         figure = new_figure(7.0, 0.9 + 0.36 * max(len(rows), 1))
         axes = figure.subplots()
-        for position, (_, colour, values) in enumerate(rows):
-            single = len(values) > 1
-            if single:
+        for position, (_, colour, marker, values) in enumerate(rows):
+            if len(values) > 1:
                 axes.plot([100 * v for v in values], [position] * len(values), "o", color=colour, mfc="none", ms=5)
             mean = 100 * fmean(values)
-            axes.plot([mean], [position], "o" if single else "D", color=colour, ms=5)
+            axes.plot([mean], [position], marker, color=colour, ms=5)
             axes.annotate(f"{mean:.1f}", (mean, position), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-        axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.8)
         axes.set_xlabel("test accuracy (%)")
         return saved(figure)

@@ -162,6 +162,15 @@ def best_of(steps: Sequence[int], accuracy: Sequence[float]) -> tuple[float, int
     return best, steps[smooth.index(best)]
 
 
+def at_chance(accuracy: float, classes: int) -> bool:
+    """Whether an accuracy is hardly above that of a guess.
+
+    >>> at_chance(0.11, classes=10), at_chance(0.3, classes=10)
+    (True, False)
+    """
+    return accuracy < 1.2 / classes
+
+
 def summarize(runs: Sequence[Run], ensemble: Ensemble | None) -> Summary:
     """Figures 3 and 4, from the seeds whose plain network was trained to its end."""
     plain = {run["seed"]: run for run in runs if run["variant"] == PLAIN and run["complete"]}

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from batchnorm.report.inception.metrics import PLAIN, Metrics, Reached
+from batchnorm.report.inception.metrics import PLAIN, Metrics, at_chance
 from batchnorm.report.metrics import Spread
 from batchnorm.report.table import Table, accuracy, over_seeds
-
-# Below twice the chance level a network has not learned.
-_CHANCE_FACTOR = 2
 
 # Figure 3 of the paper, on ImageNet: steps to Inception's best, and highest validation accuracy.
 _PAPER = {
@@ -54,10 +51,14 @@ def headline(metrics: Metrics) -> str:
         elif ratios:
             reached.append(f"{name} in {len(ratios)} of {len(row['ratio'])} runs")
     if reached:
-        text += f" Reached by {', '.join(reached)}."
-    stuck = [_name(metrics, key) for key, row in variants.items() if _is_chance(metrics, row)]
+        text += f" That is reached by {_listed(reached)}."
+    stuck = [
+        _name(metrics, key)
+        for key, row in variants.items()
+        if at_chance(row["best"]["max"], metrics["data"]["classes"])
+    ]
     if stuck:
-        text += f" {' and '.join(stuck)} stayed at chance."
+        text += f" {_listed(stuck)} stayed at chance."
     return text
 
 
@@ -139,10 +140,6 @@ def _sweep(metrics: Metrics) -> Table:
     )
 
 
-def _is_chance(metrics: Metrics, row: Reached) -> bool:
-    return row["best"]["max"] < _CHANCE_FACTOR / metrics["data"]["classes"]
-
-
 def _name(metrics: Metrics, key: str) -> str:
     return next(variant["name"] for variant in metrics["variants"] if variant["key"] == key)
 
@@ -162,6 +159,11 @@ def _percent(value: float) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):,.0f}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    *before, last = words
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _range(values: Sequence[float]) -> str:
