@@ -7,6 +7,7 @@ pixels come out of 256, and brought to the size. In training with crops, the cro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def _listed(part: Path, classes: Sequence[str] | None) -> tuple[list[Path], Tens
     if classes is None and len(names) < 2:
         found = ", ".join(names) or "none"
         raise DataError(
-            expected("load", f"at least 2 folders of classes in {part}", found, "There is nothing to learn.")
+            expected("load", f"at least 2 folders of classes in {part}", found, "There is nothing to tell apart.")
         )
     known = names if classes is None else list(classes)
     unknown = [name for name in names if name not in known]
@@ -147,7 +148,8 @@ def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
     """Height and width of all images, from their headers."""
     first: tuple[int, int] | None = None
     for path in paths:
-        width, height = _opened(path).size
+        with _opened(path) as image:
+            width, height = image.size
         if first is None:
             first = (height, width)
         elif first != (height, width):
@@ -163,23 +165,23 @@ def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
     return first
 
 
-def _opened(path: Path) -> Image:
+def _read(path: Path) -> Image:
+    """The whole image, as RGB."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """The image, of which only the header is read yet. What Pillow raises in the body names the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            yield image
     except UnidentifiedImageError as error:
         raise _broken(path, "no image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _broken(path, getattr(error, "strerror", None) or str(error)) from error
-
-
-def _read(path: Path) -> Image:
-    """The whole image, as RGB."""
-    image = _opened(path)
-    try:
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all of these
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # its decoders raise all of these
         raise _broken(path, getattr(error, "strerror", None) or str(error)) from error
 
 
