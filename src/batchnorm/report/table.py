@@ -122,10 +122,10 @@ def accuracy(spread: Spread) -> str:
 
 
 def _steps_row(row: Steps) -> tuple[str, str, str]:
-    return _over_seeds(row["plain"], "d"), _over_seeds(row["normalized"], "d"), _over_seeds(row["ratio"], "r")
+    return over_seeds(row["plain"], "d"), over_seeds(row["normalized"], "d"), over_seeds(row["ratio"], "r")
 
 
-def _over_seeds(values: Sequence[float | None], kind: str) -> str:
+def over_seeds(values: Sequence[float | None], kind: str) -> str:
     """Steps or ratios over seeds; what was never reached is said, and not left out of a mean without a word."""
     present = _present(values)
     if not present:
