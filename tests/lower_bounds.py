@@ -16,7 +16,9 @@ def lower_bounds(text: str) -> list[str]:
     """
     lists = re.findall(r"^(?:dependencies|tools) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
     if len(lists) != 2:
-        raise SystemExit(f"lower_bounds: expected dependencies and tools in {PYPROJECT.name}, found {len(lists)} lists.")
+        raise SystemExit(
+            f"lower_bounds: expected dependencies and tools in {PYPROJECT.name}, found {len(lists)} lists."
+        )
     return [f"{name}=={version}" for each in lists for name, version in re.findall(r'"([\w-]+)>=([\w.]+)"', each)]
 
 

@@ -19,6 +19,9 @@ from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from batchnorm.kernels.private import require_private
+
+require_private()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_transform = torch._C._are_functorch_transforms_active
