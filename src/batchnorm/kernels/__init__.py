@@ -27,7 +27,11 @@ from batchnorm.kernels.activations import activation as activation_by_name
 from batchnorm.kernels.contract import Groups, Kernel
 
 # Fastest first. The last one serves all plain tensors.
-BACKENDS: dict[str, str] = {"cpu": "batchnorm.kernels.cpu", "eager": "batchnorm.kernels.eager"}
+BACKENDS: dict[str, str] = {
+    "cpu": "batchnorm.kernels.cpu",
+    "gpu": "batchnorm.kernels.gpu",
+    "eager": "batchnorm.kernels.eager",
+}
 
 COMPOSITE = "composite"
 """The name of ordinary PyTorch operations, which serve where no backend may run."""
@@ -120,19 +124,36 @@ def explain(
     >>> print(explain(torch.empty(8, 3, device="meta")))
     composite: runs
     cpu: the input is on the meta device
+    gpu: the input is on the meta device
     eager: the input is on the meta device
     """
     act = activation_by_name(activation, negative_slope)
+    everywhere = mask is None and sample_weight is None
     named = _named.get() or _from_environment()
     kernel = choose(x, activation=act, mask=mask, sample_weight=sample_weight)
     chosen = COMPOSITE if kernel is None else kernel.NAME
     reasons = _reasons(x, act, mask, sample_weight, {})
-    if kernel is not None:
+    if chosen == "eager" and everywhere and left_to_torch(x):
+        chosen = COMPOSITE
+        reasons["eager"] = f"serves, but without a kernel for {x.device.type} PyTorch's own operator is faster"
+    if chosen != COMPOSITE:
         del reasons[COMPOSITE]
     for name, why in reasons.items():
         if why is None and name != chosen:
             reasons[name] = f"serves, but {'another was named' if named is not None else chosen + ' is preferred'}"
     return Explanation(chosen, reasons, named is not None)
+
+
+def left_to_torch(x: Tensor) -> bool:
+    """Whether a plain call is better left to PyTorch's own operator: on a device that no kernel was written for.
+
+    There ``eager`` would take several times as long. It still serves what PyTorch's operator cannot do: masks, weights
+    and whatever comes between statistics and use.
+    """
+    if x.is_cpu or x.numel() == 0 or ENVIRONMENT is not None or _named.get() is not None or not plain.is_plain(x):
+        return False
+    gpu = _load("gpu")
+    return isinstance(gpu, str) or gpu.no_kernels_on(x.device)  # type: ignore[attr-defined]
 
 
 @contextmanager
