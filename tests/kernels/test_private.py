@@ -14,6 +14,8 @@ import batchnorm
 from batchnorm.kernels.private import NAMES, require_private
 
 PACKAGE = Path(batchnorm.__file__).parent
+# Base classes that everyone's isinstance needs, and names of operators, which are in every exported program.
+KEPT_BY_TORCH = ("torch.nn.modules.", "torch.ops.")
 
 # Take one name away, import the package, say what came of it, and put the name back.
 WITHOUT_EACH = """
@@ -52,7 +54,12 @@ def used(source: str) -> Iterator[str]:
             found.add(f"torch.autograd.{name}" if name.startswith("forward_ad._") else name)
     for name in found:
         private = any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
-        if name.startswith("torch.") and private and not any(other.startswith(f"{name}.") for other in found):
+        if (
+            name.startswith("torch.")
+            and not name.startswith(KEPT_BY_TORCH)
+            and private
+            and not any(other.startswith(f"{name}.") for other in found)
+        ):
             yield name
 
 

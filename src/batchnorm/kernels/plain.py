@@ -12,6 +12,8 @@ Do not call this in code that torch.compile traces, which cannot evaluate these 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -20,7 +22,7 @@ from torch.nn import Parameter
 from batchnorm.kernels.private import require_private
 
 require_private()
-_function_mode_stack = torch.overrides._get_current_function_mode_stack
+_function_mode_stack: Callable[[], list[object]] = torch.overrides._get_current_function_mode_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_transform = torch._C._are_functorch_transforms_active

@@ -28,6 +28,7 @@ NAMES = (
     "torch.overrides._push_mode",
     "torch.utils._device.DeviceContext",
     "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._python_dispatch._disable_current_modes",
     "torch.utils._python_dispatch._get_current_dispatch_mode",
     "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map",
