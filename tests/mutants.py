@@ -584,6 +584,65 @@ MUTANTS: tuple[Mutant, ...] = (
         "            if tl.program_id(1) >= 0:\n                _finish(",
         OF_GPU,
     ),
+    # When running statistics move.
+    Mutant(
+        name="updates: a recomputation counts",
+        file=RUNNING,
+        old="if not _is_tracing() and _graph_task() != -1:",
+        new="if not _is_tracing() and _graph_task() < -1:",
+        tests=("tests/nn/test_checkpointing.py::test_a_checkpointed_step_is_the_plain_one_to_the_bit",),
+    ),
+    Mutant(
+        name="updates: a skipped micro-batch is merged",
+        file=RUNNING,
+        old="(torch.where(where, t, torch.zeros_like(t)) for t in _tensors_of(batch))",
+        new="_tensors_of(batch)",
+        tests=("tests/lifecycle/test_updates.py::test_a_batch_that_is_skipped_stays_out_of_the_block_too",),
+    ),
+    Mutant(
+        name="updates: a fused optimizer's skipped step counts",
+        file="src/batchnorm/lifecycle/updates.py",
+        old="None if found is None else found.detach().clone()",
+        new="None",
+        tests=("tests/lifecycle/test_updates.py::test_a_step_that_the_scaler_skips_leaves_the_statistics",),
+    ),
+    Mutant(
+        name="updates: committed over what has changed",
+        file="src/batchnorm/lifecycle/updates.py",
+        old="if outdated and bool(",
+        new="if False and bool(",
+        tests=(
+            "tests/lifecycle/test_updates.py::test_updates_are_not_written_over_what_changed_the_statistics_in_the_meantime",
+        ),
+    ),
+    Mutant(
+        name="exact accumulation: the sums of the last micro-batch alone",
+        file="src/batchnorm/lifecycle/accumulation/block.py",
+        old="total = self._sums if total is None else total + self._sums",
+        new="total = self._sums",
+        tests=("tests/lifecycle/test_exact.py::test_the_gradient_is_that_of_differences",),
+    ),
+    Mutant(
+        name="exact accumulation: the gradient of M2 without the distance of the means",
+        file="src/batchnorm/lifecycle/accumulation/block.py",
+        old="(dmean / n + 2 * dm2 * distance) * count",
+        new="(dmean / n) * count",
+        tests=("tests/lifecycle/test_exact.py::test_gradients_and_statistics_are_those_of_the_large_batch",),
+    ),
+    Mutant(
+        name="domains: the first one's statistics stay where they were",
+        file="src/batchnorm/nn/domains.py",
+        old='suffix = "" if each == name else f"__{name}" if each == first else f"__{each}"',
+        new='suffix = "" if each == name else f"__{each}"',
+        tests=("tests/lifecycle/test_domains.py::test_each_domain_is_a_model_of_its_own_but_for_weight_and_bias",),
+    ),
+    Mutant(
+        name="freeze: train() thaws",
+        file="src/batchnorm/nn/frozen.py",
+        old="        layer.training = False\n        self.mode = mode",
+        new="        self.mode = mode",
+        tests=("tests/lifecycle/test_freeze.py::test_statistics_survive_train",),
+    ),
 )
 
 

@@ -22,7 +22,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 FIRST = ("kernels/test_gpu_device.py", "kernels/test_gpu.py", "kernels/test_left_to_torch.py")
-THEN = ("test_conformance.py",)
+THEN = ("test_conformance.py", "kernels/test_groups.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

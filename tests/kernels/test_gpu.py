@@ -18,6 +18,7 @@ from batchnorm.kernels.contract import Running
 from batchnorm.kernels.gpu import plan, tuning
 from batchnorm.kernels.gpu.plan import Plan, Problem, cut
 from conformance import DEVICES, EPS, MARGIN, MOMENTUM, NAMES, Case, expected_of, inputs_of, placed, skip_unless
+from kernels import test_groups
 from test_conformance import check_phases, check_public
 
 pytestmark = pytest.mark.skipif(
@@ -110,6 +111,15 @@ def test_the_running_update_is_in_the_launch(monkeypatch: pytest.MonkeyPatch, la
         expected.check("running_var", running.var, "in the launch")
         assert batches.item() == 42
         assert all(t._version > v for t, v in zip((running.mean, running.var, batches), versions, strict=True))
+
+
+@pytest.mark.parametrize("split", ["smaller", "larger"])
+def test_groups_in_small_tiles(monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    """Parts of a group that has fewer rows than the others are empty."""
+    tiles(monkeypatch, 4, 1, 8, 4, 2048)
+    case = Case(shape=(12, 3, 5), residual="full", activation="relu")
+    for check in (test_groups.test_the_fused_functions, test_groups.test_each_phase):
+        check("gpu", split, case)
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward", "moments", "normalize", "sums", "input"])

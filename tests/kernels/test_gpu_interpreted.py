@@ -33,8 +33,9 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_conformance_suite_in_the_interpreter() -> None:
+    suites = "tests/test_conformance.py", "tests/kernels/test_groups.py"
     skip_large = "not test_large_inputs and not number_of_threads"  # their sizes are for threads and caches
-    report = run("tests/test_conformance.py", "-k", f"gpu and {skip_large}", "-m", "slow or not slow", timeout=7000)
+    report = run(*suites, "-k", f"gpu and {skip_large}", "-m", "slow or not slow", timeout=7000)
     assert " passed" in report
 
 

@@ -14,7 +14,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
-from math import gcd
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.kernels.contract import INPUT_ONLY, Needs, Running, count_of, moments_from
+from batchnorm.kernels.contract import INPUT_ONLY, Groups, Needs, Running, count_of, moments_from
 from batchnorm.kernels.gpu import plan as plans
 from batchnorm.kernels.gpu.plan import Plan, Problem
 from batchnorm.moments import Moments, counted
@@ -42,6 +42,7 @@ def supports(
     activation: Activation = IDENTITY,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> str | None:
     """None where the Triton kernels serve, or why they do not."""
     if x.device.type not in DEVICES and not (INTERPRETED and x.is_cpu):
@@ -78,24 +79,26 @@ def _too_old(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if found >= least else f"{dtype} needs compute capability {least[0]}.{least[1]}, {device} has {found}"
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
-    seen = _Seen.of(x)
+def moments(
+    x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None, groups: Groups | None = None
+) -> Moments:
+    seen = _Seen.of(x, groups)
     _, weights, per_channel = seen.places(mask, sample_weight)
-    found = _moments(seen, seen.dense(x), weights, per_channel, 1)
-    return Moments(found[0, 0], found[1, 0], found[2, 0])
+    found = _moments(seen, seen.dense(x), weights, per_channel, 1).view(3, *seen.statistics)
+    return Moments(found[0], found[1], found[2])
 
 
 def normalize(
     x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *,
     residual: Tensor | None = None, activation: Activation = IDENTITY, mask: Tensor | None = None,
-    out: Tensor | None = None,
+    out: Tensor | None = None, groups: Groups | None = None,
 ) -> Tensor:  # fmt: skip
-    seen = _Seen.of(x)
+    seen = _Seen.of(x, groups)
     places, _, per_channel = seen.places(mask, None)
     y = out if out is not None and out.is_contiguous(memory_format=seen.format) else seen.empty(x)
     _launch(
         "normalize_program", seen.plan("normalize"), seen, seen.dense(x), seen.dense(residual), places, None, y,
-        _flat(weight), _flat(bias), _statistic(mean), _statistic(var), None, None, None, None,
+        seen.each(weight), seen.each(bias), _statistic(mean), _statistic(var), None, None, None, None,
         numbers=(0, eps, activation.negative_slope, 0.0), PER_CHANNEL=per_channel,
         ACTIVATION=ACTIVATIONS[activation.name], PARTS=1, FUSED=False,
     )  # fmt: skip
@@ -105,11 +108,11 @@ def normalize(
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None,
     activation: Activation = IDENTITY, mask: Tensor | None = None, sample_weight: Tensor | None = None,
-    running: Running | None = None,
+    running: Running | None = None, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    seen = _Seen.of(x)
+    seen = _Seen.of(x, groups)
     places, weights, per_channel = seen.places(mask, sample_weight)
-    y, stats, dense = seen.empty(x), _empty(x, 2, seen.stride), seen.dense(x)
+    y, stats, dense = seen.empty(x), _empty(x, 2, *seen.statistics), seen.dense(x)
     written: tuple[Tensor | None, ...] = (None, None, None)
     factor = 0.0
     if running is not None and _in_place(running, x.device):
@@ -120,8 +123,9 @@ def forward(
         partial = _moments(seen, dense, weights, per_channel, plans.MERGED // p.c_block)
         parts = partial.shape[1]
     _launch(
-        "normalize_program", p, seen, dense, seen.dense(residual), places, weights, y, _flat(weight), _flat(bias),
-        stats[0], stats[1], partial, *written, numbers=(parts, eps, activation.negative_slope, factor),
+        "normalize_program", p, seen, dense, seen.dense(residual), places, weights, y,
+        seen.each(weight), seen.each(bias), stats[0], stats[1], partial, *written,
+        numbers=(parts, eps, activation.negative_slope, factor),
         PER_CHANNEL=per_channel, ACTIVATION=ACTIVATIONS[activation.name], PARTS=plans.power(parts), FUSED=p.fused,
     )  # fmt: skip
     if written[0] is not None:
@@ -134,9 +138,10 @@ def forward(
 def backward_sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *,
     residual: Tensor | None = None, y: Tensor | None = None, activation: Activation = IDENTITY,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    found = _Back(dy, x, y, residual, mask, None, mean, var, eps, weight, bias, activation).sums().sum(1)
+    back = _Back(dy, x, y, residual, mask, None, mean, var, eps, weight, bias, activation, groups)
+    found = back.sums().sum(1).view(3, *back.seen.statistics)
     return found[0], found[1]
 
 
@@ -144,13 +149,13 @@ def backward_input(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None,
     sums: tuple[Tensor, Tensor] | None, count: Tensor | float, *, residual: Tensor | None = None,
     y: Tensor | None = None, activation: Activation = IDENTITY, mask: Tensor | None = None,
-    sample_weight: Tensor | None = None, needs: Needs = INPUT_ONLY,
+    sample_weight: Tensor | None = None, needs: Needs = INPUT_ONLY, groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    back = _Back(dy, x, y, residual, mask, sample_weight, mean, var, eps, weight, bias, activation)
+    back = _Back(dy, x, y, residual, mask, sample_weight, mean, var, eps, weight, bias, activation, groups)
     partial = None
     if sums is not None:
         partial = _empty(x, 3, 1, back.seen.stride)
-        for row, value in zip(partial, (*sums, count), strict=True):
+        for row, value in zip(partial.view(3, *back.seen.statistics), (*sums, count), strict=True):
             row.copy_(value) if isinstance(value, Tensor) else row.fill_(value)
     dx, dresidual = (back.seen.empty(x) if needed else None for needed in (needs.x, needs.residual))
     if needs.x or needs.residual:
@@ -161,16 +166,18 @@ def backward_input(
 def backward(
     dy: Tensor, x: Tensor, stats: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *, training: bool,
     residual: Tensor | None = None, y: Tensor | None = None, activation: Activation = IDENTITY,
-    mask: Tensor | None = None, sample_weight: Tensor | None = None, needs: Needs,
+    mask: Tensor | None = None, sample_weight: Tensor | None = None, needs: Needs, groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    back = _Back(dy, x, y, residual, mask, sample_weight, stats[0], stats[1], eps, weight, bias, activation)
+    back = _Back(dy, x, y, residual, mask, sample_weight, stats[0], stats[1], eps, weight, bias, activation, groups)
     seen = back.seen
     # Without activation and mask dz is dy itself: the residual's gradient needs no memory of its own.
     passed_on = needs.residual and activation.name == "identity" and mask is None
     dx = seen.empty(x) if needs.x else None
     dresidual = seen.empty(x) if needs.residual and not passed_on else None
     dweight, dbias = (
-        None if t is None or not needed else _empty(x, seen.stride, dtype=t.dtype)
+        None
+        if t is None or not needed
+        else _empty(x, *seen.statistics, dtype=t.dtype if groups is None else torch.float64)
         for t, needed in ((weight, needs.weight), (bias, needs.bias))
     )
     by_sums = dweight is not None or dbias is not None
@@ -185,6 +192,9 @@ def backward(
                 partial = partial.sum(1, keepdim=True)
     if dx is not None or dresidual is not None or by_sums:
         back.gradients(p, partial, dx, dresidual, dweight, dbias, training=training)
+    if groups is not None:
+        dweight = None if dweight is None or weight is None else dweight.sum(0).to(weight.dtype)
+        dbias = None if dbias is None or bias is None else dbias.sum(0).to(bias.dtype)
     return dx, dweight, dbias, dy if passed_on else dresidual
 
 
@@ -193,28 +203,39 @@ class _Seen(NamedTuple):
 
     shape: torch.Size
     format: torch.memory_format
-    groups: int
+    statistics: tuple[int, ...]  # the shape of one value a channel: (channels,), or (groups, channels)
     outer: int  # of one group
+    last: int  # of the last group
     channels: int
     inner: int
     dtype: torch.dtype
     device: torch.device
 
     @staticmethod
-    def of(x: Tensor, groups: int = 1) -> _Seen:
-        memory_format, channels = layout.format_of(x), x.shape[1]
-        positions = x.numel() // channels // groups
-        inside = channels > 1 and memory_format is not torch.contiguous_format
-        outer = positions if inside else 1 if channels == 1 else x.shape[0] // groups
-        return _Seen(x.shape, memory_format, groups, outer, channels, positions // outer, x.dtype, x.device)
+    def of(x: Tensor, groups: Groups | None = None) -> _Seen:
+        memory_format, samples, channels = layout.format_of(x), x.shape[0], x.shape[1]
+        inner = x.numel() // channels // samples
+        if channels == 1 and groups is None:
+            samples, inner = 1, inner * samples
+        rows, inner = (inner, 1) if channels > 1 and memory_format is not torch.contiguous_format else (1, inner)
+        sizes = [samples] if groups is None else groups.sizes(samples)
+        shape = (channels,) if groups is None else (groups.number, channels)
+        return _Seen(
+            x.shape, memory_format, shape, sizes[0] * rows, sizes[-1] * rows, channels, inner, x.dtype, x.device
+        )  # fmt: skip
 
     @property
     def stride(self) -> int:
         """Channels of all groups: the length of a row of results."""
-        return self.groups * self.channels
+        return prod(self.statistics)
+
+    def each(self, t: Tensor | None) -> Tensor | None:
+        """A parameter, one value for each channel of each group."""
+        return t if t is None else t.expand(self.statistics).contiguous()
 
     def plan(self, operation: str) -> Plan:
-        return plans.find(Problem(operation, *self[2:]))
+        groups, rows = self.stride // self.channels, max(self.outer, self.last)
+        return plans.find(Problem(operation, groups, rows, self.channels, self.inner, self.dtype, self.device))
 
     def empty(self, like: Tensor) -> Tensor:
         return torch.empty_like(like, memory_format=self.format)
@@ -243,9 +264,9 @@ class _Back:
     def __init__(
         self, dy: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, mask: Tensor | None,
         sample_weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None,
-        bias: Tensor | None, activation: Activation,
+        bias: Tensor | None, activation: Activation, groups: Groups | None,
     ) -> None:  # fmt: skip
-        self.seen = seen = _Seen.of(x)
+        self.seen = seen = _Seen.of(x, groups)
         if activation.name == "identity":
             y = residual = None
         elif y is not None:
@@ -253,7 +274,7 @@ class _Back:
         places, weights, per_channel = seen.places(mask, sample_weight)
         self.x = x
         self.tensors = (
-            *(seen.dense(t) for t in (dy, x, y, residual)), places, weights, _flat(weight), _flat(bias),
+            *(seen.dense(t) for t in (dy, x, y, residual)), places, weights, seen.each(weight), seen.each(bias),
             _statistic(mean), _statistic(var),
         )  # fmt: skip
         self.numbers = eps, activation.negative_slope
@@ -300,7 +321,7 @@ def _launch(
     """Launch a program over the tiles of a plan, on the input's device and its current stream."""
     # What the sizes that loads depend on are multiples of, up to 16: the compiler makes loads as wide as that allows.
     c_unit, i_unit = (gcd(seen.channels, 16), 1) if seen.inner == 1 else (1, gcd(seen.inner, 16))
-    sizes = seen.outer, seen.channels // c_unit, seen.inner // i_unit, seen.stride, p.per_part
+    sizes = seen.outer, seen.last, seen.channels // c_unit, seen.inner // i_unit, seen.stride, p.per_part
     with _on(seen.device):
         getattr(_programs(), program)[p.blocks, p.parts](
             *pointers, *sizes, *numbers, **options, C_UNIT=c_unit, I_UNIT=i_unit, C_BLOCK=p.c_block,
@@ -322,10 +343,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
-
-
-def _flat(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.contiguous()
 
 
 def _statistic(t: Tensor) -> Tensor:

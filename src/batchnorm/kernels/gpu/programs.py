@@ -17,7 +17,7 @@ The pointers are, in every program that has them, None for an operand that is ab
 x, dy, y, residual           (groups·outer, channels, inner)              read; y is written by ``normalize_program``
 dx, dresidual                (groups·outer, channels, inner)              written
 mask (uint8), weights        (groups·outer, channels or 1, inner)         read; with channels if PER_CHANNEL
-weight, bias                 (channels,)                                  read
+weight, bias                 (groups·channels,)                           read
 mean, var                    (groups·channels,)                           read; written if found here (float64)
 running_mean, running_var    (groups·channels,)                           read and written
 batches (int64)              ()                                           read and written
@@ -25,8 +25,8 @@ dweight, dbias               (groups·channels,)                           writt
 partial, merged (float64)    (3, parts, groups·channels), (3, stride)     count, mean, M2 or Σdz, Σdz·x̂, count
 ===========================  ===========================================  ==========================================
 
-``stride`` is groups·channels. ``channels`` and ``inner`` come in units of C_UNIT and I_UNIT, so that the compiler knows
-what they are multiples of.
+``outer`` counts the rows of a group; the last group has ``last``. ``stride`` is groups·channels. ``channels`` and
+``inner`` come in units of C_UNIT and I_UNIT, so that the compiler knows what they are multiples of.
 """
 
 import os
@@ -50,14 +50,15 @@ else:
 
 
 @triton.jit
-def _block(outer, channels, inner, C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, C_BLOCK: tl.constexpr):
-    """What ``_tile`` asks for; this program's channels, where its results a channel are, and which exist."""
+def _block(outer, last, channels, inner, C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, C_BLOCK: tl.constexpr):
+    """What ``_tile`` asks for; where this program's values a channel are, all groups side by side, and which exist."""
     channels *= C_UNIT
     inner *= I_UNIT
     blocks = tl.cdiv(channels, C_BLOCK)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks) * C_BLOCK + tl.arange(0, C_BLOCK)
-    return (group, c, outer, channels, inner), c, group * channels + c, c < channels
+    rows = tl.where(group == tl.num_programs(0) // blocks - 1, last, outer)
+    return (group * outer, c, rows, channels, inner), group * channels + c, c < channels
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _tile(tile, shape, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     Offsets [channels, places] in a tensor of x's size and which of them exist, then the same [1, places] of a tensor
     without channels.
     """
-    group, c, outer, channels, inner = shape
+    before, c, outer, channels, inner = shape
     across = tl.cdiv(inner, I_BLOCK)
     o = (tile // across).to(tl.int64) * O_BLOCK
     i = (tile % across).to(tl.int64) * I_BLOCK
@@ -75,7 +76,7 @@ def _tile(tile, shape, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     rows = tl.minimum(outer - o, O_BLOCK).to(tl.int32)
     width = tl.minimum(inner - i, I_BLOCK).to(tl.int32)
     exists = ((p // I_BLOCK < rows) & (p % I_BLOCK < width))[None, :]
-    row = group * outer + o
+    row = before + o
     # What depends on the tile is a number; the rest stays the same from tile to tile.
     within = (p // I_BLOCK).to(tl.int64) * channels * inner + p % I_BLOCK
     at = row * channels * inner + i + (within[None, :] + (c.to(tl.int64) * inner)[:, None])
@@ -247,7 +248,7 @@ def _across(v):
 
 
 @triton.jit
-def _coefficients(mean, var, weight, bias, c, exists, eps):
+def _coefficients(mean, var, weight, bias, channel, exists, eps):
     """(hi, a, shift), float32, with y = (x − hi)·a + shift; lo = mean − hi and 1/std (float64).
 
     Near the mean x − hi is exact, so a mean of 1e6 costs nothing; what float32 leaves of it goes into the shift.
@@ -258,10 +259,10 @@ def _coefficients(mean, var, weight, bias, c, exists, eps):
     invstd = 1.0 / tl.sqrt(var + eps)
     a = invstd
     if weight is not None:
-        a = a * _read(weight, (c, exists)).to(tl.float64)
+        a = a * _read(weight, (channel, exists)).to(tl.float64)
     shift = -lo * a
     if bias is not None:
-        shift = shift + _read(bias, (c, exists)).to(tl.float64)
+        shift = shift + _read(bias, (channel, exists)).to(tl.float64)
     return (_across(hi), _across(a.to(tl.float32)), _across(shift.to(tl.float32))), lo, invstd
 
 
@@ -338,17 +339,17 @@ def _write_gradients(dx, dresidual, dz, centred, weights, spot, a, through, PER_
 
 @triton.jit
 def moments_program(
-    x, weights, partial, outer, channels, inner, stride, per_part, C_UNIT: tl.constexpr, I_UNIT: tl.constexpr,
+    x, weights, partial, outer, last, channels, inner, stride, per_part, C_UNIT: tl.constexpr, I_UNIT: tl.constexpr,
     PER_CHANNEL: tl.constexpr, C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The moments of a part of the values."""
-    shape, _, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
+    shape, channel, there = _block(outer, last, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
     first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
     spot, count = _tile(first, shape, O_BLOCK, I_BLOCK)
     shift = tl.zeros((C_BLOCK,), tl.float32)
     if weights is None:
         # One of the values, so that x − shift is 0 throughout a constant channel. Any finite one will do.
-        shift = _read(x, (tl.min(spot[0], 1), there))
+        shift = _read(x, (tl.min(spot[0], 1), there & (tiles > 0)))
         shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     n = tl.zeros((C_BLOCK,), tl.float64)
     mean = tl.zeros((C_BLOCK,), tl.float64)
@@ -378,12 +379,12 @@ def merge_program(partial, merged, parts, stride, C_BLOCK: tl.constexpr, PARTS: 
 @triton.jit
 def normalize_program(
     x, residual, mask, weights, y, weight, bias, mean, var, partial, running_mean, running_var, batches,
-    outer, channels, inner, stride, per_part, parts, eps: "fp64", slope, factor: "fp64",
+    outer, last, channels, inner, stride, per_part, parts, eps: "fp64", slope, factor: "fp64",
     C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr, FUSED: tl.constexpr, C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y, by statistics that are given, that are merged from parts, or (FUSED) that are those of the only tile."""
-    shape, c, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
+    shape, channel, there = _block(outer, last, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
     first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
     if FUSED:
         spot, count = _tile(first, shape, O_BLOCK, I_BLOCK)
@@ -395,7 +396,7 @@ def normalize_program(
         n, m, m2 = _tile_moments(value, spot[1], w, count, shift)
         m = shift.to(tl.float64) + m
         _finish(n, m, m2, channel, there, mean, var, running_mean, running_var, batches, factor)
-        line, _lo, _invstd = _coefficients(m, m2 / n, weight, bias, c, there, eps)
+        line, _lo, _invstd = _coefficients(m, m2 / n, weight, bias, channel, there, eps)
         value = _result(value, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
         _write(y, spot[0], value, spot[1])
     else:
@@ -407,7 +408,7 @@ def normalize_program(
             v = m2 / n
             if tl.program_id(1) == 0:
                 _finish(n, m, m2, channel, there, mean, var, running_mean, running_var, batches, factor)
-        line, _lo, _invstd = _coefficients(m, v, weight, bias, c, there, eps)
+        line, _lo, _invstd = _coefficients(m, v, weight, bias, channel, there, eps)
         for t in _steps(tiles):
             # Backwards: what was measured last may still be in the second-level cache.
             spot, count = _tile(first + (tiles - 1 - t), shape, O_BLOCK, I_BLOCK)
@@ -418,14 +419,14 @@ def normalize_program(
 @triton.jit
 def sums_program(
     dy, x, y, residual, mask, weights, weight, bias, mean, var, partial,
-    outer, channels, inner, stride, per_part, eps: "fp64", slope,
+    outer, last, channels, inner, stride, per_part, eps: "fp64", slope,
     C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums over a part of the values that backward needs."""
-    shape, c, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
+    shape, channel, there = _block(outer, last, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
     m, v = _given(mean, var, channel, there)
-    line, lo, invstd = _coefficients(m, v, weight, bias, c, there, eps)
+    line, lo, invstd = _coefficients(m, v, weight, bias, channel, there, eps)
     sum_dz = tl.zeros((C_BLOCK,), tl.float64)
     sum_dz_centred = tl.zeros((C_BLOCK,), tl.float64)
     n = tl.zeros((C_BLOCK,), tl.float64)
@@ -443,7 +444,7 @@ def sums_program(
 @triton.jit
 def input_program(
     dy, x, y, residual, mask, weights, weight, bias, mean, var, partial, dx, dresidual, dweight, dbias,
-    outer, channels, inner, stride, per_part, parts, eps: "fp64", slope,
+    outer, last, channels, inner, stride, per_part, parts, eps: "fp64", slope,
     C_UNIT: tl.constexpr, I_UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr, FUSED: tl.constexpr, TRAINING: tl.constexpr,
     C_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr,
@@ -452,9 +453,9 @@ def input_program(
 
     Not TRAINING: the statistics are constants.
     """
-    shape, c, channel, there = _block(outer, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
+    shape, channel, there = _block(outer, last, channels, inner, C_UNIT, I_UNIT, C_BLOCK)
     m, v = _given(mean, var, channel, there)
-    line, lo, invstd = _coefficients(m, v, weight, bias, c, there, eps)
+    line, lo, invstd = _coefficients(m, v, weight, bias, channel, there, eps)
     first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
     through = None
     if FUSED:
