@@ -67,7 +67,7 @@ def test_the_table_is_what_the_package_uses() -> None:
     names = set()
     for file in PACKAGE.rglob("*.py"):
         if file.name != "private.py":
-            # A member of an enumeration stands in the table as its class.
+            # What is in a private module or class stands in the table as that module or class.
             names |= {_without_member(name) for name in used(file.read_text(encoding="utf-8"))}
     assert names == set(NAMES)
 

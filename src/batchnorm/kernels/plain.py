@@ -22,10 +22,7 @@ from torch.nn import Parameter
 from batchnorm.kernels.private import require_private
 
 require_private()
-<<<<<<< HEAD
 _function_mode_stack: Callable[[], list[object]] = torch.overrides._get_current_function_mode_stack
-=======
->>>>>>> main
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_transform = torch._C._are_functorch_transforms_active

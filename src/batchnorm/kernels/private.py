@@ -30,10 +30,9 @@ NAMES = (
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",
     "torch.utils._python_dispatch._get_current_dispatch_mode",
-    "torch.utils._pytree.tree_leaves",
-    "torch.utils._pytree.tree_map",
+    "torch.utils._pytree",
 )
-"""Module or C extension, a dot, and the name in it."""
+"""Modules, and names in modules."""
 
 
 def require_private(names: tuple[str, ...] = NAMES) -> None:
