@@ -19,7 +19,7 @@ from batchnorm.errors import DataError, expected
 from batchnorm.experiments import idx
 
 CLASSES = 10
-# 480 of the 1,797 images are eight mini-batches of 60: the test set can be seen in batches of the training size.
+# 480 of the 1,797 images are eight mini-batches of 60, so the test set divides into batches of the training size.
 DIGITS_TEST_IMAGES = 480
 MNIST_TRAIN_IMAGES = 60_000
 
@@ -85,7 +85,7 @@ def _from_scikit_learn() -> Digits:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    # A fixed split: seeds of the experiment vary the weights and the batches, never the test set.
+    # A fixed split: the seeds of the experiment change the weights and the batches, never the test set.
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, labels, test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=0
     )
@@ -107,10 +107,10 @@ def _from_openml() -> Digits:
     from sklearn.datasets import fetch_openml
 
     try:
-        # pandas reads the file in seconds where scikit-learn's own reader needs a minute, but it is no dependency.
+        # pandas reads the file in seconds, scikit-learn's own reader in a minute; but pandas is not a dependency.
         parser = "pandas" if find_spec("pandas") else "liac-arff"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # each time that it tries again; in the end there is our own error
+            warnings.simplefilter("ignore")  # one for each retry; in the end our own error is raised
             images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser=parser)
     except (OSError, ValueError) as error:
         raise DataError(
@@ -128,7 +128,7 @@ def _from_openml() -> Digits:
 
 
 def _from_folder(folder: Path) -> Digits:
-    if not os.path.isdir(folder):  # where Path.is_dir() raises for a name too long, this does not
+    if not os.path.isdir(folder):  # unlike Path.is_dir(), this does not raise if the name is too long
         raise DataError(
             expected(
                 "load",
@@ -190,7 +190,7 @@ def _read_pair(
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path:
-    """The first of ``names`` that is there, plain before gzipped."""
+    """The first of ``names`` that exists, uncompressed before gzipped."""
     for suffix in ("", ".gz"):
         for name in names:
             if os.path.isfile(path := folder / (name + suffix)):

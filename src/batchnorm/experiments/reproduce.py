@@ -1,4 +1,4 @@
-"""``batchnorm reproduce``: load, train, record, and leave a folder of files behind."""
+"""``batchnorm reproduce``: load the data, train, record, and write a folder of files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def record(
     recording: Recording,
     on_point: Callable[[int, Point], None] | None = None,
 ) -> None:
-    """Train both networks for every seed, adding to ``recording`` as points come.
+    """Train both networks for every seed, and add each point to ``recording``.
 
-    The caller keeps the recording, so an interruption (or an error) loses nothing that was added before it. The
-    number of PyTorch's threads is set for the duration and put back.
+    The caller owns the recording, so an interruption or an error loses no point added before it. PyTorch's number of
+    threads is set during the training and restored afterwards.
 
     Args:
         settings: what to run.
@@ -54,7 +54,7 @@ def write_report(folder: Path, metrics: Metrics) -> list[Path]:
     """
     figure = figure_1(metrics)
     html = page(metrics, figure["svg"])
-    # A path may hold bytes that are no text: "\\udcff" stands for such a byte, in JSON too.
+    # A path may hold bytes that cannot be decoded: "\\udcff" stands for such a byte, in JSON too.
     text, markup = (part.encode(errors="backslashreplace") for part in (to_json(metrics), html))
     return write_whole(folder, dict(zip(FILES, (text, figure["png"], figure["svg"], markup), strict=True)))
 
@@ -111,7 +111,7 @@ def reproduce(settings: Settings, source: str, folder: Path, terminal: Terminal)
             if interrupted:
                 raise
             interrupted = True
-            written = write_report(folder, metrics)  # the work is done: it takes a second Ctrl-C to lose it
+            written = write_report(folder, metrics)  # the training is done: only a second Ctrl-C loses it
     except KeyboardInterrupt:
         terminal.complain("Interrupted again while the results were written; nothing is written.")
         return INTERRUPTED

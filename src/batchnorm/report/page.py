@@ -1,4 +1,4 @@
-"""The report of an experiment as one HTML file that needs nothing beside it."""
+"""The report of an experiment as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.report.table import headline, tables
 
 
 def page(metrics: Metrics, figure_svg: bytes) -> str:
-    """The report of section 4.1 as HTML, the figure inside it.
+    """The report of section 4.1 as HTML, with the figure in it.
 
     Args:
         metrics: of the experiment.
@@ -40,7 +40,7 @@ def page(metrics: Metrics, figure_svg: bytes) -> str:
 
 
 def _command(metrics: Metrics) -> str:
-    """What to type to run it again."""
+    """The command that repeats the run."""
     settings = metrics["settings"]
     options = {
         "--data": metrics["data"]["source"],

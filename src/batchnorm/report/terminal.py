@@ -1,4 +1,4 @@
-"""The course and the results of an experiment on a terminal, or as plain lines where there is none."""
+"""Progress and results of an experiment, on a terminal or as plain lines."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WIDEST = 10_000  # columns, to ask how many a table needs at least
 
 
 class Terminal:
-    """Where an experiment speaks: results and course on one console, complaints on another.
+    """The output of an experiment: results and progress on one console, errors on another.
 
     Args:
         results: usually standard output.
         complaints: usually standard error.
-        quiet: plain lines even on a terminal. One that is narrow, or cannot move its cursor, gets them anyway.
+        quiet: plain lines even on a terminal. A terminal that is narrow or cannot move its cursor always gets them.
     """
 
     def __init__(self, results: Console, complaints: Console, *, quiet: bool = False) -> None:
@@ -37,7 +37,7 @@ class Terminal:
         self.plain = quiet or not results.is_terminal or results.is_dumb_terminal or results.width < _NARROWEST
 
     def progress(self, steps: int, seeds: int) -> AbstractContextManager[OnProgress]:
-        """A bar, or some lines a run, for ``seeds`` runs of ``steps`` steps."""
+        """Progress of ``seeds`` runs of ``steps`` steps: a bar, or a few lines for each run."""
         return self._lines(steps) if self.plain else self._bar(steps, seeds)
 
     def show(self, metrics: Metrics) -> None:
@@ -50,11 +50,11 @@ class Terminal:
         self.say(headline(metrics))
 
     def say(self, text: str) -> None:
-        """A line among the results, as it is: no markup, no wrapping."""
+        """Print a line among the results, without markup or wrapping."""
         self._results.print(Text(text), soft_wrap=True)
 
     def complain(self, text: str) -> None:
-        """A line among the complaints."""
+        """Print a line among the errors."""
         self._complaints.print(Text(text), soft_wrap=True)
 
     @contextmanager
@@ -85,7 +85,7 @@ class Terminal:
 
     @contextmanager
     def _lines(self, steps: int) -> Iterator[OnProgress]:
-        due: dict[int, int] = {}  # the next step of each seed that is worth a line
+        due: dict[int, int] = {}  # the next step of each seed for which a line is printed
 
         def update(seed: int, step: int, plain: float, normalized: float) -> None:
             apart = max(steps // _LINES_A_RUN, 1)
@@ -100,7 +100,7 @@ class Terminal:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """In columns, or as lines where the console is too narrow for that."""
+    """Print it in columns, or as lines if the console is too narrow."""
     drawn = RichTable(title=Text(table.caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     for position, head in enumerate(table.heads):
         drawn.add_column(Text(head), justify="right" if position else "left", overflow="fold")
