@@ -175,8 +175,8 @@ def moments_of_view(x: Tensor, weight: Tensor | None = None) -> Moments:
     """Moments of a tensor seen as (outer, channel, inner), weights broadcastable to it.
 
     A tensor (groups, outer, channel, inner) gives the moments of each group. The mean is computed first, then the
-    squares about it, so nothing cancels. Values of 32 bits or fewer are summed in float32 over short runs, about a shift
-    near the mean, so that x − shift is exact. Everything else is summed in float64.
+    squares about it, so nothing cancels. Values of 32 bits or fewer are summed in float32 over short runs, about a
+    shift near the mean, so that x − shift is exact. Everything else is summed in float64.
     """
     graph = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
     if weight is None and not graph and x.dtype != torch.float64 and x.numel():

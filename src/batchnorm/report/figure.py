@@ -109,7 +109,8 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
             )
         steps_of_runs = [step for step in reaching if step is not None]
         if len(steps_of_runs) == len(runs):
-            reached = round(fmean(steps_of_runs))  # as in the table; where the mean curve crosses the line is another number
+            # The number in the table. The mean curve crosses the line elsewhere.
+            reached = round(fmean(steps_of_runs))
             axes.plot([reached], [100 * best], "o", color=colour, markersize=4.5, zorder=3, clip_on=False)
             axes.annotate(
                 f"{reached:,}", (reached, 100 * best), (0, 8), textcoords="offset points", ha="center", color=colour
