@@ -93,7 +93,7 @@ def torch_compiled(problem: Problem) -> Program:
     """The same layers through torch.compile with its own settings; compiled for exactly this shape."""
     layer = _torch_layer(problem)
     # Each problem is a new specialization: without this the limit of recompilations is soon reached.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(Block(layer, problem.case.extra), fullgraph=True, dynamic=False)
     return Program(_step(lambda x, residual: compiled(x, residual), problem, layer), layer=layer)
 
