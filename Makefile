@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench bench-full mutants docs clean
+.PHONY: help demo test test-all test-gpu check bench bench-full bench-gpu mutants docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -27,6 +27,13 @@ test: $(STAMP) ## all tests but the slow ones, doctests included
 
 test-all: $(STAMP) ## all tests
 	$(PY) -m pytest -m "slow or not slow"
+
+# These two install nothing: a machine with a GPU has an environment of its own (PYTHON=...), and perhaps no network.
+test-gpu: ## the GPU kernels' tests on a GPU; needs PyTorch, Triton, numpy, pytest and hypothesis
+	$(PYTHON) tests/on_gpu.py
+
+bench-gpu: ## the GPU kernels against PyTorch and a copy, on a GPU; needs PyTorch and Triton
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu
 
 check: $(STAMP) ## lint, format, types, import directions
 	$(PY) -m ruff check .

@@ -7,9 +7,10 @@ there and nowhere here.
 from __future__ import annotations
 
 import importlib
+import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,15 @@ from batchnorm.reference import Population
 from tolerances import assert_close, dtype_name, silence_kinks, to_float64
 
 Array = reference.Array
+DEVICES = {"gpu": "cuda" if torch.cuda.is_available() else "cpu"}
+"""Where a backend's tensors are, if not on the CPU. Without a GPU Triton's interpreter runs the GPU's kernels there."""
+NAMES = [
+    name for name in BACKENDS if name != "gpu" or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+]
+"""The backends that can run here; tests/kernels/test_gpu_interpreted.py runs the GPU's in a process of its own."""
+MARGIN = 64
+"""Values in front of and behind a tensor that no kernel may read or write."""
+
 EPS = 1e-3
 MOMENTUM = 0.3
 SLOPE = 0.2
@@ -173,6 +183,17 @@ def arrange(values: Tensor, layout: str) -> Tensor:
     raise ValueError(layout)
 
 
+def placed(t: Tensor, name: str) -> Tensor:
+    """``t`` with its strides on the backend's device, NaN (integers: their largest value) in front and behind."""
+    if name not in DEVICES:
+        return t
+    flat = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    largest = True if t.dtype == torch.bool else float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max
+    room = torch.full((flat.numel() + 2 * MARGIN,), largest, dtype=t.dtype, device=DEVICES[name])
+    room[MARGIN:-MARGIN].copy_(flat)
+    return room.as_strided(t.size(), t.stride(), MARGIN + t.storage_offset())
+
+
 def _in_order(values: Tensor, order: tuple[int, ...]) -> Tensor:
     packed = torch.zeros([values.shape[i] for i in order], dtype=values.dtype)
     return packed.permute([order.index(i) for i in range(len(order))]).copy_(values)
@@ -202,8 +223,8 @@ class Inputs:
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
 
-def inputs_of(case: Case) -> Inputs:
-    """The case's tensors: random, from the case's own seed. What is absent holds NaN."""
+def inputs_of(case: Case, name: str = "eager") -> Inputs:
+    """The case's tensors: random, from the case's own seed, where the backend wants them. What is absent holds NaN."""
     g = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
     shape, channels, dtype = case.shape, case.shape[1], case.dtype
 
@@ -244,7 +265,8 @@ def inputs_of(case: Case) -> Inputs:
     )
     if name in ("relu", "leaky_relu"):
         result.dy = _silenced(result.dy, forward_of(result).z, case.dy)
-    return result
+    moved = {f.name: placed(t, name) for f in fields(result) if isinstance(t := getattr(result, f.name), Tensor)}
+    return replace(result, **moved)
 
 
 def _silenced(dy: Tensor, z: Array, layout: str) -> Tensor:
@@ -325,7 +347,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
         "residual": None if inputs.residual is None else to_float64(inputs.residual),
         "activation": inputs.activation.name,
         "negative_slope": inputs.activation.negative_slope,
-        "mask": None if inputs.mask is None else inputs.mask.numpy(),
+        "mask": None if inputs.mask is None else inputs.mask.cpu().numpy(),
         "sample_weight": None if inputs.sample_weight is None else to_float64(inputs.sample_weight),
     }
 
@@ -384,7 +406,7 @@ def expected_of(inputs: Inputs) -> Expected:
     invstd = 1 / np.sqrt(forward.statistics.var + EPS)
     weight = np.ones_like(invstd) if inputs.weight is None else np.abs(to_float64(inputs.weight))
     bias = np.zeros_like(invstd) if inputs.bias is None else np.abs(to_float64(inputs.bias))
-    mask = None if inputs.mask is None else inputs.mask.numpy()
+    mask = None if inputs.mask is None else inputs.mask.cpu().numpy()
 
     # float64 has no wider type in which to carry the mean: its rounding, seen through 1/std, is part of x̂.
     rounded = np.abs(forward.statistics.mean) * invstd if inputs.x.dtype == torch.float64 else np.zeros_like(invstd)

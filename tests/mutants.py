@@ -40,6 +40,7 @@ DEPENDENCE = "src/batchnorm/lifecycle/recalibration/dependence.py"
 PASSES = "src/batchnorm/lifecycle/recalibration/passes.py"
 GAP = "src/batchnorm/lifecycle/recalibration/gap.py"
 PAGES = "src/batchnorm/kernels/cpu/pages.py"
+GPU = "src/batchnorm/kernels/gpu/programs.py"
 
 # Quick, and without compiling: what is broken above the kernels shows with the eager one as well.
 ON_EAGER = "--backend=eager"
@@ -51,6 +52,7 @@ OF_LAYERS = (ON_EAGER, "tests/nn/test_drop_in.py")
 OF_REFUSALS = (ON_EAGER, "tests/nn/test_refusals.py")
 OF_LINEAR = (ON_EAGER, "tests/nn/test_linear.py")
 OF_PAGES = ("tests/kernels/test_cpu_pages.py",)
+OF_GPU = ("tests/kernels/test_gpu_interpreted.py", "-k", "kernels_in_the_interpreter")
 OF_RECALIBRATION = (ON_EAGER, "tests/lifecycle/test_recalibrate.py")
 OF_FOLDING = ("tests/lifecycle/test_fold.py", "-k", "convolution or flatten or row")
 OF_FLOW = ("tests/lifecycle/test_fold_flow.py",)
@@ -553,6 +555,34 @@ MUTANTS: tuple[Mutant, ...] = (
         old='node.kwargs = {**node.kwargs, "residual": other}',
         new="node.kwargs = {**node.kwargs}",
         tests=("tests/lifecycle/test_fuse.py::test_every_form_of_an_addition_is_taken_over_as_the_residual",),
+    ),
+    Mutant(
+        "gpu: tiles are merged without the cross term",
+        GPU,
+        "m2 = m2 + its_m2 + delta * delta * (n * share)",
+        "m2 = m2 + its_m2",
+        OF_GPU,
+    ),
+    Mutant(
+        "gpu: the fused ReLU's sign",
+        GPU,
+        "dz = tl.where(z <= 0, 0.0, dz)",
+        "dz = tl.where(z >= 0, 0.0, dz)",
+        OF_GPU,
+    ),
+    Mutant(
+        "gpu: dx forgets what float32 leaves of the mean",
+        GPU,
+        "_across((sum_dz / n - lo * slope).to(tl.float32))",
+        "_across((sum_dz / n).to(tl.float32))",
+        OF_GPU,
+    ),
+    Mutant(
+        "gpu: every part updates the running statistics",
+        GPU,
+        "            if tl.program_id(1) == 0:\n                _finish(",
+        "            if tl.program_id(1) >= 0:\n                _finish(",
+        OF_GPU,
     ),
     # When running statistics move.
     Mutant(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import functional, reference
-from batchnorm.kernels import BACKENDS, use_backend
+from batchnorm.kernels import use_backend
 from batchnorm.kernels.activations import activation as activation_by_name
 from batchnorm.kernels.contract import Needs, Running
 from batchnorm.moments import Moments
@@ -22,6 +22,7 @@ from conformance import (
     FACTORS,
     LAYOUTS,
     MOMENTUM,
+    NAMES,
     SHAPES,
     Case,
     Expected,
@@ -32,6 +33,7 @@ from conformance import (
     forward_of,
     inputs_of,
     load,
+    placed,
     skip_unless,
     skip_unless_served,
 )
@@ -57,7 +59,7 @@ LARGE = [
 ]
 ALL = Needs(True, True, True, True)
 
-pytestmark = pytest.mark.parametrize("name", list(BACKENDS))
+pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -85,7 +87,7 @@ def test_cases_drawn_at_random(name: str, case: Case) -> None:
 
 def check_public(name: str, case: Case) -> None:
     """y, every gradient, and the running statistics, of ``functional.batch_norm``."""
-    inputs = inputs_of(case)
+    inputs = inputs_of(case, name)
     skip_unless_served(load(name), inputs)
     expected = expected_of(inputs)
     tensors = {key: getattr(inputs, key) for key in ("x", "weight", "bias", "residual")}
@@ -124,22 +126,22 @@ def check_public(name: str, case: Case) -> None:
 
 def check_phases(name: str, case: Case) -> None:
     """The kernel's own functions, fused and one at a time, on the batch whole and cut in two."""
-    inputs = inputs_of(case)
+    inputs = inputs_of(case, name)
     kernel = load(name)
     skip_unless_served(kernel, inputs)
     expected = expected_of(inputs)
     statistics = expected.forward.statistics
-    mean, var = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.var)
+    mean, var = (placed(torch.from_numpy(s), name) for s in (statistics.mean, statistics.var))
     if inputs.training:
         check_fused(kernel, expected)
         for pieces in (1, 2):
-            found = Moments.empty(inputs.x.shape[1]).merge(
+            found = Moments.empty(inputs.x.shape[1], inputs.x.device).merge(
                 *(
                     kernel.moments(part.x, mask=part.mask, sample_weight=part.sample_weight)
                     for part in cut_in(inputs, pieces)
                 )
             )
-            assert torch.equal(found.count, torch.from_numpy(expected.count))
+            assert torch.equal(found.count.cpu(), torch.from_numpy(expected.count))
             assert {t.dtype for t in (found.count, found.mean, found.m2)} == {torch.float64}
             expected.check("mean", found.mean, f"{name}, moments of {pieces}")
             # The parts' means are rounded at their own size, which at 1e6 std float64 sees in what is between them.
@@ -222,7 +224,7 @@ def check_two_phases(kernel: Any, expected: Expected, mean: Tensor, var: Tensor)
     precision = inputs.statistics_dtype
     expected.check("dbias", sums[0].to(precision), name)
     expected.check("dweight", sums[1].to(precision), name)
-    count = torch.from_numpy(expected.count) if inputs.training else 1.0
+    count = torch.from_numpy(expected.count).to(inputs.x.device) if inputs.training else 1.0
     needs = Needs(True, False, False, inputs.residual is not None)
     back = [
         kernel.backward_input(
@@ -278,7 +280,7 @@ def test_the_result_has_the_strides_that_pytorchs_has(name: str, shape: tuple[in
     """channels_last where the input suggests it, else contiguous; dx as the result where dy has its strides."""
     if not allowed({"shape": shape, "layout": layout}):
         pytest.skip("every value of a channel would be the same")
-    x = arrange(torch.randn(shape), layout)
+    x = placed(arrange(torch.randn(shape), layout), name)
     expected = torch.nn.functional.batch_norm(x, None, None, training=True)
     x.requires_grad_()
     with use_backend(name):
@@ -296,12 +298,13 @@ def test_the_result_has_the_strides_that_pytorchs_has(name: str, shape: tuple[in
 def test_a_constant_channel_gives_its_bias_exactly(
     name: str, value: float, shape: tuple[int, ...], layout: str, dtype: torch.dtype
 ) -> None:
-    x = arrange(torch.full(shape, value).to(dtype), layout).requires_grad_()
-    weight, bias = torch.randn(3).to(dtype).requires_grad_(), torch.randn(3).to(dtype)
-    running = [torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+    x = placed(arrange(torch.full(shape, value).to(dtype), layout), name).requires_grad_()
+    skip_unless(load(name), x)
+    weight, bias = (placed(torch.randn(3).to(dtype), name).requires_grad_() for _ in range(2))
+    running = [placed(torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32)), name) for _ in range(2)]
     with use_backend(name):
         y = functional.batch_norm(x, *running, weight, bias, training=True, momentum=1.0)
-        dx, dweight = torch.autograd.grad(y, (x, weight), torch.randn(y.shape).to(dtype))
+        dx, dweight = torch.autograd.grad(y, (x, weight), placed(torch.randn(y.shape).to(dtype), name))
     assert torch.equal(y, bias.view(1, 3, 1, 1).expand_as(y))
     assert torch.equal(running[0], x.detach()[0, :, 0, 0].to(running[0].dtype))
     assert torch.equal(running[1], torch.zeros_like(running[1]))
@@ -317,7 +320,7 @@ def test_what_is_not_finite_stays_in_its_channel(
     name: str, channels: int, training: bool, layout: str, poison: float
 ) -> None:
     """The others are the reference's; the channel itself is what torch makes of it."""
-    inputs = inputs_of(Case(shape=(4, channels, 7, 3), layout=layout, training=training))
+    inputs = inputs_of(Case(shape=(4, channels, 7, 3), layout=layout, training=training), name)
     expected = expected_of(inputs)
     skip_unless_served(load(name), inputs)
     x = inputs.x.clone()
@@ -347,7 +350,7 @@ def test_what_is_not_finite_stays_in_its_channel(
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid"])
 def test_an_activation_lets_nan_through(name: str, activation: str) -> None:
-    x = torch.randn(8, 3)
+    x = placed(torch.randn(8, 3), name)
     x[2, 1] = float("nan")
     skip_unless(load(name), x, activation=activation_by_name(activation))
     with use_backend(name):
@@ -360,18 +363,20 @@ def test_an_activation_lets_nan_through(name: str, activation: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0), (0, 3, 4, 4), (2, 0), (2, 0, 4), (0, 0)], ids=str)
 def test_no_values_give_no_values_and_change_nothing(name: str, shape: tuple[int, ...], training: bool) -> None:
     channels = shape[1]
-    x = torch.randn(shape, requires_grad=True)
-    weight, bias = torch.randn(channels, requires_grad=True), torch.randn(channels, requires_grad=True)
-    mean, var = torch.randn(channels), torch.rand(channels)
+    x, *rest = (placed(torch.randn(size), name) for size in (shape, channels, channels, channels))
+    weight, bias, mean = rest
+    var = placed(torch.rand(channels), name)
+    for t in (x, weight, bias):
+        t.requires_grad_()
     before = mean.clone(), var.clone()
     skip_unless(load(name), x)
     with use_backend(name):
         y = functional.batch_norm(x, mean, var, weight, bias, training)
-        grads = torch.autograd.grad(y, (x, weight, bias), torch.randn(shape))
+        grads = torch.autograd.grad(y, (x, weight, bias), placed(torch.randn(shape), name))
     assert y.shape == shape
     assert [tuple(g.shape) for g in grads] == [shape, (channels,), (channels,)]
-    assert torch.equal(grads[1], torch.zeros(channels))
-    assert torch.equal(grads[2], torch.zeros(channels))
+    assert torch.equal(grads[1], torch.zeros_like(weight))
+    assert torch.equal(grads[2], torch.zeros_like(bias))
     assert torch.equal(mean, before[0])
     assert torch.equal(var, before[1])
 
@@ -381,10 +386,11 @@ def test_no_values_give_no_values_and_change_nothing(name: str, shape: tuple[int
 def test_a_far_mean_costs_no_digits(name: str, mean: float, layout: str) -> None:
     """float32, std 1: y within 5e-6, dx within 1e-5 of its size, the variance within 1e-6 of itself."""
     for shape in ((32, 3, 28, 28), (8, 64, 7, 7), (200, 65)):
-        x = arrange((torch.randn(shape, dtype=torch.float64) + mean).float(), layout).requires_grad_()
-        weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
-        dy = torch.randn(shape)
-        running = torch.zeros(shape[1]), torch.zeros(shape[1])
+        values = arrange((torch.randn(shape, dtype=torch.float64) + mean).float(), layout)
+        x = placed(values, name).requires_grad_()
+        weight, bias = placed(torch.rand(shape[1]) + 0.5, name), placed(torch.randn(shape[1]), name)
+        dy = placed(torch.randn(shape), name)
+        running = tuple(placed(torch.zeros(shape[1]), name) for _ in range(2))
         with use_backend(name):
             y = functional.batch_norm(x, *running, weight, bias, training=True, momentum=1.0)
             (dx,) = torch.autograd.grad(y, x, dy)
@@ -413,7 +419,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_the_same_bits_for_any_number_of_threads(
     name: str, options: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype
 ) -> None:
-    inputs = inputs_of(Case(shape=shape, layout=layout, dtype=dtype, **OPTIONS[options]))
+    inputs = inputs_of(Case(shape=shape, layout=layout, dtype=dtype, **OPTIONS[options]), name)
     skip_unless_served(load(name), inputs)
 
     def once(threads: int) -> list[Tensor]:
@@ -446,7 +452,8 @@ def test_the_same_bits_for_any_number_of_threads(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference_in_place_and_into_out(name: str, dtype: torch.dtype, layout: str, activation: str | None) -> None:
     inputs = inputs_of(
-        Case(shape=(3, 5, 4, 3), layout=layout, dtype=dtype, activation=activation, residual="full", training=False)
+        Case(shape=(3, 5, 4, 3), layout=layout, dtype=dtype, activation=activation, residual="full", training=False),
+        name,
     )
     kernel = load(name)
     skip_unless_served(kernel, inputs)
@@ -468,8 +475,9 @@ def test_inference_in_place_and_into_out(name: str, dtype: torch.dtype, layout: 
         return result
 
     for other in ("contiguous", "channels_last", "sliced", "permuted"):
-        expected.check("y", normalize(inputs.x, arrange(torch.zeros(3, 5, 4, 3, dtype=dtype), other)), f"into {other}")
-    x = arrange(inputs.x, layout)
+        out = placed(arrange(torch.zeros(3, 5, 4, 3, dtype=dtype), other), name)
+        expected.check("y", normalize(inputs.x, out), f"into {other}")
+    x = placed(arrange(inputs.x.cpu(), layout), name)
     expected.check("y", normalize(x, x), "in place")
 
 
@@ -477,11 +485,11 @@ def test_inference_in_place_and_into_out(name: str, dtype: torch.dtype, layout: 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_only_the_gradients_that_are_needed(name: str, activation: str | None, training: bool, needs: Needs) -> None:
-    inputs = inputs_of(Case(activation=activation, training=training, residual="full"))
+    inputs = inputs_of(Case(activation=activation, training=training, residual="full"), name)
     kernel = load(name)
     skip_unless_served(kernel, inputs)
     expected = expected_of(inputs)
-    statistics = torch.stack([torch.from_numpy(s) for s in expected.forward.statistics[1:3]])
+    statistics = placed(torch.stack([torch.from_numpy(s) for s in expected.forward.statistics[1:3]]), name)
     y = kernel.normalize(
         inputs.x, *statistics, EPS, inputs.weight, inputs.bias, residual=inputs.residual, activation=inputs.activation
     )
@@ -498,7 +506,7 @@ def test_only_the_gradients_that_are_needed(name: str, activation: str | None, t
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, 0.25, 1 / 3])
 def test_running_statistics_move_by_the_factor(name: str, factor: float) -> None:
-    inputs = inputs_of(Case(shape=(6, 5, 3, 3)))
+    inputs = inputs_of(Case(shape=(6, 5, 3, 3)), name)
     kernel = load(name)
     running = Running(inputs.running_mean.clone(), inputs.running_var.clone(), factor)
     kernel.forward(inputs.x, inputs.weight, inputs.bias, EPS, running=running)
@@ -517,8 +525,9 @@ def test_running_statistics_move_by_the_factor(name: str, factor: float) -> None
 @pytest.mark.parametrize("factor", [1.0, 1])
 def test_a_nan_in_running_statistics_does_not_survive_a_factor_of_one(name: str, factor: float) -> None:
     """momentum=1 means: forget the past, whatever it was."""
-    inputs = inputs_of(Case())
-    running = Running(torch.full((3,), float("nan")), torch.full((3,), float("inf")), factor)
+    inputs = inputs_of(Case(), name)
+    forgotten = (placed(torch.full((3,), value), name) for value in (float("nan"), float("inf")))
+    running = Running(*forgotten, factor)
     load(name).forward(inputs.x, inputs.weight, inputs.bias, EPS, running=running)
     assert running.mean.isfinite().all()
     assert running.var.isfinite().all()

@@ -254,7 +254,7 @@ def run(
         kernel = kernels.choose(
             x, weight, bias, mean, var, residual, out, activation=activation, mask=mask, sample_weight=sample_weight
         )
-        if kernel is None:
+        if kernel is None or (kernel.NAME == "eager" and places == EVERYWHERE and kernels.left_to_torch(x)):
             return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
             return differentiated(
@@ -263,14 +263,14 @@ def run(
         return _inferred(kernel, x, weight, bias, eps, mean, var, activation, residual, mask, out)
 
     sink, seams = statistics
-    fused = sink if isinstance(sink, Running) and seams is PLAIN else None
+    fused = sink if isinstance(sink, Running) and (seams is PLAIN or seams.is_fused) else None
     running = sink if isinstance(sink, Running) or sink is None else sink.running
     written = () if running is None else (running.mean, running.var, running.batches)
     kernel = kernels.choose(
         x, weight, bias, residual, *written, activation=activation, mask=mask, sample_weight=sample_weight,
         groups=seams.groups,
     )  # fmt: skip
-    if kernel is None:
+    if kernel is None or (kernel.NAME == "eager" and _plainly(sink, seams, places) and kernels.left_to_torch(x)):
         return _composite(x, weight, bias, eps, statistics, activation, residual, places, out)
     found = None
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, sample_weight):
@@ -285,7 +285,7 @@ def run(
     else:
         y, stats, found, _ = phases.forward(
             kernel, x, weight, bias, eps, seams, residual=residual, activation=activation, mask=mask,
-            sample_weight=sample_weight,
+            sample_weight=sample_weight, running=fused,
         )  # fmt: skip
     if sink is not None and sink is not fused:
         if found is None:
@@ -336,8 +336,7 @@ def _composite(
     sink = None if isinstance(statistics, Population) else statistics.sink
     population = statistics if isinstance(statistics, Population) else None
     seams = PLAIN if isinstance(statistics, Population) else statistics.seams
-    plainly = places == EVERYWHERE and seams is PLAIN and (sink is None or _follows_plainly(sink))
-    if plainly and _has_to_be_recognized(x):
+    if _plainly(sink, seams, places) and _torchs_own(x):
         y = _standard(x, weight, bias, eps, population, sink, activation, residual)
         return y if out is None else out.copy_(y)
     wide, found = composite.normalized(
@@ -355,8 +354,10 @@ def _composite(
     return y
 
 
-def _follows_plainly(sink: Running | Sink) -> bool:
-    return isinstance(sink, Running) and not isinstance(sink.factor, Tensor)
+def _plainly(sink: Running | Sink | None, seams: Seams, places: Places) -> bool:
+    """Whether PyTorch's own operator can do all that is asked for."""
+    follows = sink is None or (isinstance(sink, Running) and not isinstance(sink.factor, Tensor))
+    return follows and places == EVERYWHERE and seams is PLAIN
 
 
 def _standard(
@@ -440,6 +441,11 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, sample_weight: Tensor |
 
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
+
+
+def _torchs_own(x: Tensor) -> bool:
+    """True where PyTorch's own operator for batch normalization is of more use than its parts."""
+    return _has_to_be_recognized(x) or (not torch.compiler.is_compiling() and kernels.left_to_torch(x))
 
 
 def _has_to_be_recognized(x: Tensor) -> bool:

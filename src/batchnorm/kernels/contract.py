@@ -39,8 +39,8 @@ class Groups(NamedTuple):
     def pieces(self, samples: int) -> list[tuple[slice, Groups]]:
         """One or two runs of samples with groups of one size, each with its groups."""
         last = samples - self.size * (self.number - 1)
-        if last == self.size:
-            return [(slice(0, samples), self)]
+        if self.number == 1 or last == self.size:
+            return [(slice(0, samples), Groups(last, self.number))]
         head = samples - last
         return [(slice(0, head), Groups(self.size, self.number - 1)), (slice(head, samples), Groups(last, 1))]
 
@@ -209,7 +209,7 @@ class Kernel(Protocol):
         running: Running | None = None,
         groups: Groups | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Training: y, and the batch's mean and biased variance, (2, channels); no ``running`` beside ``groups``."""
+        """Training: y, and the batch's mean and biased variance, (2, channels)."""
 
     @staticmethod
     def backward(
@@ -254,12 +254,14 @@ def group_counts(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, g
     samples, channels, *inner = x.shape
     weight = counted(mask, sample_weight)
     if weight is None:
-        per_sample = torch.ones((samples, channels), dtype=wide, device=x.device) * math.prod(inner)
-    else:
-        repeats = math.prod(n // m for n, m in zip(inner, weight.shape[2:], strict=True))
-        per_sample = (weight.to(wide).flatten(2).sum(2) if inner else weight.to(wide)).expand(samples, channels)
-        per_sample = per_sample * repeats
-    return sums_in_groups(per_sample, groups)
+        found = torch.full((groups.number, channels), groups.size * math.prod(inner), dtype=wide, device=x.device)
+        last = samples - groups.size * (groups.number - 1)
+        if last != groups.size:
+            found[-1] = last * math.prod(inner)
+        return found
+    repeats = math.prod(n // m for n, m in zip(inner, weight.shape[2:], strict=True))
+    per_sample = (weight.to(wide).flatten(2).sum(2) if inner else weight.to(wide)).expand(samples, channels)
+    return sums_in_groups(per_sample * repeats, groups)
 
 
 def group_of_samples(samples: int, groups: Groups, device: torch.device) -> Tensor:

@@ -76,8 +76,8 @@ def convert(
         the model; another object only where the model itself is a layer
 
     Raises:
-        ArgumentError: a model that is no module, ``example_inputs`` without ``fuse=True``, or a process group that
-            is none of the above
+        ArgumentError: a model that is no module, ``example_inputs`` without ``fuse=True``, a process group that
+            is none of the above, or one for a layer with virtual batches
         On any error, Ctrl-C included, the model is left exactly as it was.
 
     >>> import torch, batchnorm as bn

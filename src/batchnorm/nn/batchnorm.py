@@ -200,8 +200,12 @@ class BatchNorm(_BatchNorm):
 
     @process_group.setter
     def process_group(self, process_group: object) -> None:
-        self._ranks = Ranks.of(type(self).__name__, process_group)
-        self._exchanges = self._ranks is not None
+        name = type(self).__name__
+        ranks = Ranks.of(name, process_group)
+        if ranks is not None and self.virtual_batch_size is not None:
+            check_options(name, ["process_group", "virtual_batch_size"])
+        self._ranks = ranks
+        self._exchanges = ranks is not None
 
     def forward(
         self,
@@ -287,7 +291,7 @@ class BatchNorm(_BatchNorm):
                 raise
             population = Population(mean, var)
             return functional.run(input, weight, bias, eps, population, self._activation, residual, places)
-        if steps is not None:
+        if steps is not None and (ranks is None or not ranks.empty):
             steps.add_(1)
         return y
 

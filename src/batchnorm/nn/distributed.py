@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import ArgumentError, ExchangeError, expected
+from batchnorm.errors import ArgumentError, AutogradError, ExchangeError, expected
 from batchnorm.functional import Batch, Sink
 from batchnorm.kernels.contract import Running
 from batchnorm.moments import Moments, merge_stacked
@@ -150,7 +150,8 @@ class Wire:
 
     def gather(self, local: Tensor) -> Tensor:
         """``local`` of every rank, stacked in the order of the ranks; differentiable any number of times."""
-        if torch.is_grad_enabled() and local.requires_grad:
+        graph = torch.is_grad_enabled() and local.requires_grad
+        if graph or torch._C._are_functorch_transforms_active():
             result: Tensor = _apply_gather(local, self)
             return result
         return self.gather_values(local)
@@ -313,6 +314,10 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _apply_scatter(grad, ctx.wire), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, local: Tensor, wire: Wire) -> Any:
+        return _refuse_vmap(wire)
+
 
 class _Scatter(torch.autograd.Function):
     """(ranks, *local) -> the sum over the ranks of the part that belongs to this one. Its adjoint is ``_Gather``."""
@@ -329,6 +334,15 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _apply_gather(grad, ctx.wire), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, whole: Tensor, wire: Wire) -> Any:
+        return _refuse_vmap(wire)
+
+
+def _refuse_vmap(wire: Wire) -> NoReturn:
+    todo = "Call the layer outside of vmap, or in eval mode."
+    raise AutogradError(expected(wire.who, "an exchange outside of vmap", "a batched tensor", todo))
 
 
 _apply_gather: Callable[[Tensor, Wire], Tensor] = _Gather.apply
