@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +46,10 @@ from batchnorm.bench import machine, memory
 from batchnorm.bench.cases import parse_threads
 from batchnorm.bench.measure import Samples
 from batchnorm.bench.run import threads as with_threads
-from batchnorm.report.files import write_whole
+from batchnorm.errors import BatchNormError
+from batchnorm.report.command import REFUSED
+from batchnorm.report.command import run as run_command
+from batchnorm.report.files import require_writable, write_whole
 from benchmarks.resnet import ResNet50
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
@@ -329,7 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The values of unwritten memory must not slow the convolutions down.
     torch.set_flush_denormal(True)
     try:
+        if options.memory_of is None:
+            require_writable(options.json.parent, [options.json.name])
         return run(options)
+    except (BatchNormError, OSError) as error:
+        print(f"benchmarks.step: {error}", file=sys.stderr)
+        return REFUSED
     finally:
         torch.set_flush_denormal(False)
 
@@ -370,8 +379,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description="What batch normalization costs a training step of ResNet-50."
     )
-    parser.add_argument("--batch", type=int, default=16, help="images a step (16)")
-    parser.add_argument("--size", type=int, default=112, help="their side in pixels (112)")
+    parser.add_argument("--batch", type=partial(_at_least, 2), default=16, help="images a step (16)")
+    parser.add_argument("--size", type=partial(_at_least, 32), default=112, help="their side in pixels (112)")
     parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     parser.add_argument("--threads", default="1,all", help='numbers of threads, e.g. "1,all" (the default)')
     parser.add_argument("--minutes", type=float, default=5.0, help="about how long to measure (5)")
@@ -383,5 +392,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least(least: int, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+    return int(text)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks.step", main))

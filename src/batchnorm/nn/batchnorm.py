@@ -242,8 +242,8 @@ class BatchNorm(_BatchNorm):
         followed = training and self.track_running_stats
         ranks = None
         if self._ranks is not None and training:
-            if torch.compiler.is_compiling():
-                # Made here: importing the compiler takes seconds.
+            if self.too_few == "running" and torch.compiler.is_compiling():
+                # Decided by a value, so the layer runs between two graphs. Imported here, since that takes seconds.
                 y: Tensor = torch.compiler.disable(self._normalize)(input, residual, mask, sample_weight)
                 return y
             ranks = exchange(self, self._ranks, input, mask, sample_weight)
