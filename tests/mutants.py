@@ -676,8 +676,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="exact accumulation: the sums of the last micro-batch alone",
         file="src/batchnorm/lifecycle/accumulation/block.py",
-        old="total = self._sums if total is None else total + self._sums",
-        new="total = self._sums",
+        old="total = local if total is None else total + local",
+        new="total = local",
         tests=("tests/lifecycle/test_exact.py::test_the_gradient_is_that_of_differences",),
     ),
     Mutant(
