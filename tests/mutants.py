@@ -570,8 +570,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="node.kwargs = {**node.kwargs}",
         tests=("tests/lifecycle/test_fuse.py::test_every_form_of_an_addition_is_taken_over_as_the_residual",),
     ),
-    Mutant(
-    ),
+    Mutant(),
     Mutant(
         name="ranks: every rank counts alike",
         file="src/batchnorm/nn/distributed.py",
@@ -743,8 +742,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="own[name].merge()",
         tests=("tests/lifecycle/recalibration/test_ranks.py::test_ranks_give_what_one_process_gives_on_all_batches",),
     ),
-    Mutant(
-    ),
+    Mutant(),
 )
 
 
