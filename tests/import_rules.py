@@ -50,8 +50,6 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "typer": TOOLS,
     "jinja2": TOOLS,
     "sklearn": TOOLS,
-    "jax": ("bench/",),
-    "flax": ("bench/",),
     "torch.distributed": ("nn/distributed.py",),
 }
 

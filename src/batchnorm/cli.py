@@ -95,7 +95,7 @@ def bench(
     ] = None,
     extra: Annotated[list[str] | None, typer.Option(help="plain, relu or residual+relu. [default: plain]")] = None,
     threads: Annotated[str, typer.Option(help="Numbers of threads, with commas between.")] = "1,all",
-    peers: Annotated[str, typer.Option(help="Rivals among torch, compile, onednn, flax.")] = "torch,compile,onednn",
+    peers: Annotated[str, typer.Option(help="Rivals among torch, compile, onednn.")] = "torch,compile,onednn",
     seconds: Annotated[float, typer.Option(help="Time for each case.")] = 2.0,
     json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a picture: .png, .svg or .pdf.")] = None,

@@ -484,6 +484,21 @@ def test_what_is_no_group_is_refused_when_the_layer_is_built(wrong: Any) -> None
     )
 
 
+def test_virtual_batches_and_a_group_exclude_each_other_whichever_comes_first() -> None:
+    message = (
+        "one of process_group and virtual_batch_size, got both. A virtual batch is smaller than the batch of a rank, a "
+        "process group's larger: leave one of them away."
+    )
+    layer = bn.BatchNorm1d(3, virtual_batch_size=2)
+    with pytest.raises(ArgumentError) as error:
+        layer.process_group = "world"
+    assert str(error.value) == f"BatchNorm1d: expected {message}"
+    assert layer.process_group is None
+    with pytest.raises(ArgumentError) as error:
+        bn.convert(nn.Sequential(nn.BatchNorm1d(3), layer), process_group="world")
+    assert str(error.value) == f"convert: expected {message}"
+
+
 def test_groups_are_equal_by_name_and_ranks() -> None:
     assert Ranks("1", (0, 1)) == Ranks("1", (0, 1)) != Ranks("1", (0, 2))
     assert len({Ranks("world"), Ranks("world"), Ranks("1", (0,))}) == 2
@@ -494,6 +509,6 @@ def test_scripting_refuses_to_train_over_ranks_and_serves_inference() -> None:
     scripted = torch.jit.script(layer)
     with pytest.raises(torch.jit.Error) as error:
         scripted(torch.randn(4, CHANNELS))
-    assert "TorchScript exchanges nothing between ranks" in str(error.value)
+    assert "TorchScript trains without process_group, renorm and virtual_batch_size." in str(error.value)
     x = torch.randn(4, CHANNELS)
     assert torch.equal(scripted.eval()(x), layer.eval()(x))

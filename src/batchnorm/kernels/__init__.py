@@ -1,7 +1,7 @@
-"""Which kernel runs: ``choose`` takes the fastest that serves, ``explain`` says why each other one does not.
+"""Which kernel runs: ``choose`` takes the fastest that can, ``explain`` says why each of the others does not.
 
-A backend is a module with the functions of ``contract.Kernel``. It is imported on first use, may be missing, and is
-never replaced silently: a backend that was named and cannot serve raises. Backends run on plain tensors only
+A backend is a module with the functions of ``contract.Kernel``. It is imported on first use and may be missing. It is
+never replaced silently: naming a backend that cannot serve a call raises an error. Backends run on plain tensors only
 (``plain``); every other call is made of ordinary PyTorch operations (``composite``).
 """
 
@@ -34,19 +34,19 @@ BACKENDS: dict[str, str] = {
 }
 
 COMPOSITE = "composite"
-"""The name of what serves where no backend may run: ordinary PyTorch operations."""
+"""The name of ordinary PyTorch operations, which serve where no backend may run."""
 
 _named: ContextVar[str | None] = ContextVar("batchnorm_backend", default=None)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found: the backend that runs, and the reason against each other one.
+    """The result of ``explain``: the backend that runs, and why each of the others does not.
 
     Arguments:
         backend: name of the kernel that runs, or "composite"
         reasons: for each known backend, in order of preference, why it does not run; None for the one that does
-        named: whether it was named by ``use_backend`` or BATCHNORM_BACKEND rather than chosen
+        named: True if it was named by ``use_backend`` or BATCHNORM_BACKEND rather than chosen
     """
 
     backend: str
@@ -67,7 +67,7 @@ def choose(
     sample_weight: Tensor | None = None,
     groups: Groups | None = None,
 ) -> Kernel | None:
-    """The fastest backend that serves this call; None where it has to be made of ordinary operations.
+    """The fastest backend that serves this call; None if it has to be made of ordinary operations.
 
     ``beside`` are the other tensors of the call: parameters, statistics, residual, gradients.
 
@@ -113,10 +113,10 @@ def explain(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Explanation:
-    """Which backend runs for such a call, and why each other one does not.
+    """Which backend runs for such a call, and why each of the others does not.
 
-    "composite" is no kernel: the call is made of ordinary PyTorch operations, because the input is no plain tensor
-    (meta, DTensor, mkldnn, ...) or a mode, tracer or function transform looks on.
+    "composite" is no kernel: the call is made of ordinary PyTorch operations, because the input is not a plain tensor
+    (meta, DTensor, mkldnn, ...) or because a mode, tracer or function transform has to see them.
 
     >>> import torch
     >>> print(explain(torch.randn(8, 3)).backend in BACKENDS)
@@ -158,7 +158,7 @@ def left_to_torch(x: Tensor) -> bool:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Names the backend for every call inside the block, in this thread or task only.
+    """Name the backend for every call inside the block, in this thread or task only.
 
     >>> import torch
     >>> with use_backend("eager"):
@@ -179,14 +179,13 @@ def use_backend(name: str) -> Iterator[None]:
 def warmup(what: nn.Module | Sequence[torch.dtype] = (torch.float32,), *, masks: bool = False) -> int:
     """Compile the CPU kernels ahead of time, or load them from the cache on disk, and return how many.
 
-    Without it each kernel is compiled at its first use. The machine code is kept on disk (beside the package, in the
-    user's cache folder, or in ``NUMBA_CACHE_DIR``), so this is worth doing once, where a model is installed.
+    Otherwise each kernel is compiled at its first use. The machine code is cached on disk (beside the package, in the
+    user's cache folder, or in ``NUMBA_CACHE_DIR``), so it is enough to do this once, where a model is installed.
 
     Arguments:
-        what: a model, for what its batch normalization layers need with inputs of their own dtype; or the dtypes
-            of the inputs, among float32, float64, bfloat16 and float16 (under autocast inputs have another dtype than
-            parameters)
-        masks: also the kernels for masks and sample weights
+        what: the dtypes of the inputs, among float32, float64, bfloat16 and float16; or a model, whose batch
+            normalization layers are then taken to get inputs of their own dtype (not so under autocast)
+        masks: include the kernels for masks and sample weights
 
     Raises:
         DtypeError: there are no kernels for a dtype
@@ -211,7 +210,7 @@ def warmup(what: nn.Module | Sequence[torch.dtype] = (torch.float32,), *, masks:
 
 
 def _dtypes_in(model: nn.Module) -> list[torch.dtype]:
-    """The dtypes of the parameters of its batch normalization layers; float32 of those that have none."""
+    """The dtypes of the parameters of its batch normalization layers; float32 for layers without any."""
     layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
     return list(dict.fromkeys(torch.float32 if p.weight is None else p.weight.dtype for p in layers))
 
@@ -224,7 +223,7 @@ def _reasons(
     others: dict[str, Tensor | None],
     groups: Groups | None = None,
 ) -> dict[str, str | None]:
-    """Why each backend cannot serve, None for those that can."""
+    """Why each backend cannot serve the call, None for those that can."""
     not_plain = plain.why_not(**{"the input": x, "the mask": mask, "sample_weight": sample_weight, **others})
     reasons: dict[str, str | None] = {}
     for name in BACKENDS:
@@ -260,7 +259,7 @@ _loaded: dict[str, Kernel | str] = {}
 
 
 def _load(name: str) -> Kernel | str:
-    """The backend's module, or why it cannot be imported (installed and broken counts)."""
+    """The backend's module, or why it cannot be imported (it may be missing or broken)."""
     if name not in _loaded:
         try:
             _loaded[name] = cast(Kernel, importlib.import_module(BACKENDS[name]))
@@ -269,5 +268,5 @@ def _load(name: str) -> Kernel | str:
     return _loaded[name]
 
 
-# Read once: a look-up in the environment costs as much as a small kernel.
+# Read once: looking it up in the environment takes as long as a small kernel.
 ENVIRONMENT: str | None = os.environ.get("BATCHNORM_BACKEND") or None

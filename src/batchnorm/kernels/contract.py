@@ -39,8 +39,8 @@ class Groups(NamedTuple):
     def pieces(self, samples: int) -> list[tuple[slice, Groups]]:
         """One or two runs of samples with groups of one size, each with its groups."""
         last = samples - self.size * (self.number - 1)
-        if last == self.size:
-            return [(slice(0, samples), self)]
+        if self.number == 1 or last == self.size:
+            return [(slice(0, samples), Groups(last, self.number))]
         head = samples - last
         return [(slice(0, head), Groups(self.size, self.number - 1)), (slice(head, samples), Groups(last, 1))]
 
@@ -53,14 +53,20 @@ class Running(NamedTuple):
     factor: float | Tensor  # weight of the new batch
     batches: Tensor | None = None  # (), int64: how many batches they have seen
 
-    def update(self, batch: Moments, where: Tensor | None = None) -> None:
-        """Follow the batch, in the batch's precision and rounded once; not at all where the bool ``where`` is False."""
-        factor = self.factor
+    def after(self, batch: Moments) -> tuple[Tensor, Tensor]:
+        """Mean and variance after the batch, in the batch's precision; nothing is written."""
+        factor, found = self.factor, []
         for r, value in ((self.mean, batch.mean), (self.var, batch.variance(biased=False))):
             value = value.detach()
             # Not lerp with factor 1: r + (value − r) would round, and a NaN in r would survive it.
             if isinstance(factor, Tensor) or factor != 1:
                 value = r.to(value.dtype) * (1 - factor) + value * factor
+            found.append(value)
+        return found[0], found[1]
+
+    def update(self, batch: Moments, where: Tensor | None = None) -> None:
+        """Follow the batch, in the batch's precision and rounded once; not at all where the bool ``where`` is False."""
+        for r, value in zip((self.mean, self.var), self.after(batch), strict=True):
             r.copy_(value if where is None else torch.where(where, value, r))
         if self.batches is not None:
             self.batches.add_(1 if where is None else where.to(self.batches.dtype))
@@ -203,7 +209,7 @@ class Kernel(Protocol):
         running: Running | None = None,
         groups: Groups | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Training: y, and the batch's mean and biased variance, (2, channels); no ``running`` beside ``groups``."""
+        """Training: y, and the batch's mean and biased variance, (2, channels)."""
 
     @staticmethod
     def backward(
@@ -248,12 +254,14 @@ def group_counts(x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, g
     samples, channels, *inner = x.shape
     weight = counted(mask, sample_weight)
     if weight is None:
-        per_sample = torch.ones((samples, channels), dtype=wide, device=x.device) * math.prod(inner)
-    else:
-        repeats = math.prod(n // m for n, m in zip(inner, weight.shape[2:], strict=True))
-        per_sample = (weight.to(wide).flatten(2).sum(2) if inner else weight.to(wide)).expand(samples, channels)
-        per_sample = per_sample * repeats
-    return sums_in_groups(per_sample, groups)
+        found = torch.full((groups.number, channels), groups.size * math.prod(inner), dtype=wide, device=x.device)
+        last = samples - groups.size * (groups.number - 1)
+        if last != groups.size:
+            found[-1] = last * math.prod(inner)
+        return found
+    repeats = math.prod(n // m for n, m in zip(inner, weight.shape[2:], strict=True))
+    per_sample = (weight.to(wide).flatten(2).sum(2) if inner else weight.to(wide)).expand(samples, channels)
+    return sums_in_groups(per_sample * repeats, groups)
 
 
 def group_of_samples(samples: int, groups: Groups, device: torch.device) -> Tensor:

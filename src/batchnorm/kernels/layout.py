@@ -1,9 +1,9 @@
-"""Any tensor seen as (outer, channel, inner), without a copy where its strides allow.
+"""Any tensor as (outer, channel, inner), without a copy where its strides allow.
 
-Batch normalization only asks which values share a channel. In the contiguous format NCHW is (N, C, H·W); in the
-channels_last format it is (N·H·W, C, 1). Results have the format that PyTorch's own layer gives them: channels_last
-where the strides of the input suggest it, else contiguous. So a sequence (N, L, C) seen as (N, C, L) gives a
-contiguous result, which can be viewed.
+Batch normalization only needs to know which values share a channel. In the contiguous format NCHW is (N, C, H·W), in
+the channels_last format (N·H·W, C, 1). Results have the memory format of PyTorch's own layer: channels_last where the
+strides of the input suggest it, else contiguous. So a sequence (N, L, C) transposed to (N, C, L) gives a contiguous
+result, which can be viewed.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Layout(NamedTuple):
     """How the dimensions of a tensor (channels in dimension 1) are grouped."""
 
-    shape: torch.Size  # of the tensor as its user sees it
+    shape: torch.Size  # of the user's tensor
     outer: tuple[int, ...]  # dimensions merged into the first one, in memory order
     inner: tuple[int, ...]  # dimensions merged into the last one, in memory order
     memory_format: torch.memory_format  # of results
 
     def view(self, t: Tensor) -> Tensor:
-        """``t``, which broadcasts to ``shape``, as (outer, channel, inner); copied only where strides demand it."""
+        """``t``, broadcast to ``shape``, as (outer, channel, inner); copied only if its strides require it."""
         t = t.expand(self.shape)
         if self.outer == (0,):
-            # The common case spelt out: one operation instead of two on the way to small kernels.
+            # The common case in one operation instead of two, which counts beside a small kernel.
             return t.flatten(2) if t.dim() > 2 else t.unsqueeze(2)
         sizes = (_product(self.shape, self.outer), self.shape[1], _product(self.shape, self.inner))
         return t.permute(*self.outer, 1, *self.inner).reshape(sizes)
 
     def unview(self, view: Tensor) -> Tensor:
-        """The tensor as its user sees it, from (outer, channel, inner)."""
+        """The inverse of ``view``: a tensor of ``shape`` from (outer, channel, inner)."""
         order = (*self.outer, 1, *self.inner)
         unfolded = view.reshape([self.shape[d] for d in order])
         return unfolded.permute([order.index(d) for d in range(len(order))])
 
     def empty(self, like: Tensor) -> Tensor:
-        """A new tensor of ``like``'s shape, dtype and device, without gaps, that ``view`` sees without a copy."""
+        """A new dense tensor of ``like``'s shape, dtype and device, which ``view`` does not have to copy."""
         return torch.empty_like(like, memory_format=self.memory_format)
 
 
 def of(x: Tensor) -> Layout:
-    """The layout of ``x``, of rank 2 or more with channels in dimension 1, and of results like it.
+    """The layout of ``x``, of rank 2 or more with channels in dimension 1, and of the results for it.
 
     >>> of(torch.empty(8, 3, 5, 5))[1:]
     ((0,), (2, 3), torch.contiguous_format)
     >>> of(torch.empty(8, 3, 5, 5).to(memory_format=torch.channels_last))[1:]
     ((0, 2, 3), (), torch.channels_last)
-    >>> of(torch.empty(7, 8, 3).permute(1, 2, 0))[1:]  # a sequence (L, N, C) seen as (N, C, L)
+    >>> of(torch.empty(7, 8, 3).permute(1, 2, 0))[1:]  # a sequence (L, N, C) permuted to (N, C, L)
     ((0,), (2,), torch.contiguous_format)
     """
     shape, rank = x.shape, x.dim()
@@ -62,13 +62,13 @@ def of(x: Tensor) -> Layout:
 
 
 def format_of(x: Tensor) -> torch.memory_format:
-    """The memory format of results: channels_last where x's strides suggest it, else contiguous, as in PyTorch."""
+    """The memory format of results, as in PyTorch: channels_last where x's strides suggest it, else contiguous."""
     suggested = _CHANNELS_LAST.get(x.dim())
     if suggested is None or x.is_contiguous():
         return torch.contiguous_format
     if x.is_contiguous(memory_format=suggested):
         return suggested
-    # at::Tensor::suggest_memory_format: strides grow in the order channel, width, height, (depth,) batch.
+    # As at::Tensor::suggest_memory_format: strides increase in the order channel, width, height, (depth,) batch.
     strides, least = x.stride(), 0
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
         if strides[d] == 0 and d == 1:
@@ -80,7 +80,7 @@ def format_of(x: Tensor) -> torch.memory_format:
 
 
 def merged_stride(shape: torch.Size, strides: tuple[int, ...], dims: tuple[int, ...]) -> int | None:
-    """The stride of these dimensions seen as one, the last of them fastest; None where they have gaps between them."""
+    """The stride of these dimensions merged into one, the last of them fastest; None if there are gaps between them."""
     result = None
     reach = 0
     for d in reversed(dims):

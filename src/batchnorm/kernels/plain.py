@@ -1,13 +1,13 @@
-"""Whether a kernel may take a call: plain tensors, and nobody who looks on.
+"""Which calls a kernel may take: those on plain tensors that nothing else has to observe.
 
 A compiled kernel reads and writes memory by address, and the autograd function around every kernel hides what happens
-inside. Both are right only for plain strided tensors with memory of their own. Wrapper subclasses (DTensor), meta and
+inside. Both are correct only for plain strided tensors with memory of their own. Wrapper subclasses (DTensor), meta and
 fake tensors, ZeroTensors, negated views, mkldnn and sparse tensors, and the wrappers of function transforms have no
-such memory, or other values than their memory holds. A dispatch mode, a tracer, a transform or a forward-mode level
+such memory, or their memory does not hold their values. A dispatch mode, a tracer, a transform or a forward-mode level
 has to see ordinary operations. All of these calls go through ``composite``.
 
-Not for code that torch.compile traces: it cannot look into these questions. Ask ``torch.compiler.is_compiling()``
-first.
+Do not call this in code that torch.compile traces, which cannot evaluate these checks. Call
+``torch.compiler.is_compiling()`` first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from batchnorm.kernels.private import require_private
+
+require_private()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_transform = torch._C._are_functorch_transforms_active
@@ -43,13 +46,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
                 type(t) not in _PLAIN_TYPES or (t.data_ptr() == 0 and (t.numel() or t.is_meta)) or t.is_neg()
             ):
                 return False
-    except RuntimeError:  # it has no memory that could be pointed at
+    except RuntimeError:  # a tensor without a data pointer
         return False
     return True
 
 
 def why_not(**tensors: Tensor | None) -> str | None:
-    """The reason in words where ``is_plain`` is False, else None; tensors by the names of their arguments."""
+    """Why ``is_plain`` is False, in words, or None if it is True. Keywords are the names of the arguments."""
     if is_plain(*tensors.values()):
         return None
     if _in_transform():
@@ -74,5 +77,5 @@ def why_not(**tensors: Tensor | None) -> str | None:
 
 
 def _only_default_devices() -> bool:
-    """True if no function mode but ``with torch.device(...)`` or ``torch.set_default_device`` is active."""
+    """True if the only active function modes are ``with torch.device(...)`` or ``torch.set_default_device``."""
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchnorm.kernels.activations import IDENTITY, Activation
 from batchnorm.kernels.contract import INPUT_ONLY, Groups, Needs, Running, count_of, moments_from
-from batchnorm.kernels.cpu import plan, wide_range
+from batchnorm.kernels.cpu import grouped, plan, wide_range
 from batchnorm.kernels.cpu.block import pack_what
 from batchnorm.moments import Moments
 
@@ -48,8 +48,6 @@ def supports(
         return f"runs on the CPU, the input is on {x.device}"
     if x.dtype not in plan.DTYPES:
         return f"no kernel for {x.dtype}"
-    if groups is not None:
-        return "groups are not compiled here"
     if x.numel() == 0:
         return "nothing to do for an input without values"
     if activation.name not in plan.ACTIVATIONS:
@@ -60,12 +58,14 @@ def supports(
         for name, t in (("mask", mask), ("sample_weight", sample_weight)):
             if t is not None and t.shape[1] != 1 and x.shape[1] != 1:
                 return f"a {name} of each channel's own"
-    return None
+    return None if groups is None else grouped.why_not(x, groups)
 
 
 def moments(
     x: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None, groups: Groups | None = None
 ) -> Moments:
+    if groups is not None:
+        return grouped.moments(x, groups, mask, sample_weight)
     masked = mask is not None or sample_weight is not None
     p = plan.find("MOMENTS", x, masked=masked)
     x = p.readable("x", x) if p.copied else x
@@ -97,6 +97,10 @@ def normalize(
     out: Tensor | None = None,
     groups: Groups | None = None,
 ) -> Tensor:
+    if groups is not None:
+        return grouped.normalize(
+            x, mean, var, eps, weight, bias, groups, residual=residual, activation=activation, mask=mask, out=out
+        )
     if out is not None and out.data_ptr() == x.data_ptr() and wide_range.is_far(x, mean, var):
         return out.copy_(
             wide_range.normalize(x, mean, var, eps, weight, bias, residual=residual, activation=activation, mask=mask)
@@ -142,6 +146,11 @@ def forward(
     running: Running | None = None,
     groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if groups is not None:
+        return grouped.forward(
+            x, weight, bias, eps, groups, residual=residual, activation=activation, mask=mask,
+            sample_weight=sample_weight, running=running,
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     running_mean = running_var = batches = None
     factor = 0.0
@@ -177,7 +186,7 @@ def forward(
             )
         )
     if running_mean is not None and running_var is not None:
-        _changed(running_mean, running_var)
+        grouped.changed(running_mean, running_var)
     elif running is not None:
         running.update(moments_from(stats, count_of(x, mask, sample_weight)))
     return y, stats
@@ -198,6 +207,10 @@ def backward_sums(
     mask: Tensor | None = None,
     groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if groups is not None:
+        return grouped.backward_sums(
+            dy, x, mean, var, eps, weight, bias, groups, y=y, activation=activation, mask=mask
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
@@ -245,6 +258,11 @@ def backward_input(
             needs=Needs(needs.x, False, False, needs.residual),
         )  # fmt: skip
         return dx, dresidual
+    if groups is not None:
+        return grouped.backward_input(
+            dy, x, mean, var, eps, weight, bias, sums, count, groups, y=y, activation=activation, mask=mask,
+            sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     mean, var = _statistics(mean, var)
     y = None if activation.name == "identity" else y
@@ -294,6 +312,11 @@ def backward(
     needs: Needs,
     groups: Groups | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if groups is not None:
+        return grouped.backward(
+            dy, x, stats, eps, weight, bias, groups, y=y, activation=activation, mask=mask,
+            sample_weight=sample_weight, needs=needs,
+        )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     passed_on = None
     if activation.name == "identity" and mask is None:
@@ -338,14 +361,6 @@ def backward(
 
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _changed(mean: Tensor, var: Tensor) -> None:
-    """Tell autograd that they were written, by address, so that a graph that keeps them raises as it should."""
-    try:  # noqa: SIM105  (a context manager costs as much again)
-        torch._C._increment_version((mean, var))
-    except RuntimeError:  # inference tensors have no version, and no graph keeps them
-        pass
 
 
 class _Kept(threading.local):

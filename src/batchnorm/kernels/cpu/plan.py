@@ -90,6 +90,12 @@ class _Told(threading.local):
 _told = _Told()
 
 
+def told() -> tuple[ctypes.c_int64, bytes]:
+    """This thread's FAR, lowered, and its address as a kernel's block holds it."""
+    _told.far.value = 0
+    return _told.far, _told.address
+
+
 def find(
     operation: str,
     x: Tensor,
@@ -102,6 +108,7 @@ def find(
     statistic: torch.dtype = torch.float64,
     running: Tensor | None = None,
     masked: bool = False,
+    threads: int | None = None,
 ) -> Plan:
     """The plan of ``operation`` (a kernel's name) on ``x``.
 
@@ -112,8 +119,10 @@ def find(
         statistic: dtype of the mean and variance that are read
         running: a running statistic, for its dtype
         masked: whether there is a mask or a sample weight
+        threads: how many run it; None: as many as the tensor is worth
     """
-    threads = threads_for(x.numel())
+    if threads is None:
+        threads = threads_for(x.numel())
     key = (
         operation, x.shape, x.stride(), x.dtype, threads, written, activation.name, statistic, masked,
         None if dy is None else dy.stride(), None if y is None else y.stride(),

@@ -16,6 +16,7 @@ from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNor
 from batchnorm.nn.distributed import WORLD, Ranks
 from batchnorm.nn.frozen import BUFFERS, FrozenBatchNorm2d, has_frozen_statistics
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.nn.options import check_options
 
 # What a converted layer remembers. It stands on the layer alone, is copied and pickled with it, and goes with `revert`.
 MEMORY = "_converted_from"
@@ -88,10 +89,15 @@ def to_ours(layer: nn.Module, ranks: Ranks | Literal["unchanged"] | None = UNCHA
 
     Arguments:
         ranks: of the process group that it gets, None for none
+
+    Raises:
+        ArgumentError: a process group for a layer with virtual batches
     """
     if is_ours(layer):
         if ranks == UNCHANGED or not isinstance(layer, BatchNorm) or layer._ranks == ranks:
             return "is ours already"
+        if ranks is not None and layer.virtual_batch_size is not None:
+            check_options("convert", ["process_group", "virtual_batch_size"])
         return Swap(type(layer), _group_attributes(ranks))
     if not isinstance(layer, _BatchNorm):
         return _frozen_to_ours(layer)
