@@ -14,12 +14,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError
-from batchnorm.kernels import BACKENDS
 from batchnorm.kernels.contract import Groups
 from batchnorm.nn.counting import groups_of
+from conformance import ON_THE_CPU
 from tolerances import assert_close, to_float64
 
-WAYS = [*BACKENDS, "composite", "torch.compile"]
+WAYS = [*ON_THE_CPU, "composite", "torch.compile"]
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,7 @@ def test_with_renormalization_each_has_an_r_and_d_of_its_own(way: str) -> None:
         assert_close(a, to_float64(b), dtype="float64", quantity=quantity, scale=None if quantity == "dx" else 100.0)
 
 
-@pytest.mark.parametrize("way", [*BACKENDS, "composite"])
+@pytest.mark.parametrize("way", [*ON_THE_CPU, "composite"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_derivatives_of_first_and_second_order(way: str, size: int) -> None:
     layer = layer_of(size, momentum=0.0)
