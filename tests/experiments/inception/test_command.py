@@ -80,6 +80,7 @@ def test_thirty_steps_of_every_variant_end_to_end(folder: Path, tmp_path: Path) 
     assert results.splitlines()[-1].startswith(f"Written to {out}: metrics.json, figure2.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [("inception", 0, 1), ("bn-x5", 1, 2)])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_figures(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[str, int, int]
