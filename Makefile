@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -23,10 +25,10 @@ demo: $(STAMP) ## train the paper's network with and without batch normalization
 	$(VENV)/bin/batchnorm reproduce --out demo
 
 test: $(STAMP) ## all tests but the slow ones, doctests included
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP) ## all tests
-	$(PY) -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # These two install nothing: a machine with a GPU has an environment of its own (PYTHON=...), and perhaps no network.
 test-gpu: ## the GPU kernels' tests on a GPU; needs PyTorch, Triton, numpy, pytest and hypothesis

@@ -10,17 +10,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from batchnorm.bench import resnet
 from batchnorm.bench.cases import LAYOUTS, parse_threads
 from batchnorm.bench.command import carry_out
 from batchnorm.bench.measure import FULL, SHORT, Plan
+from batchnorm.bench.peers import PEERS
 from batchnorm.bench.results import ResNet
 from batchnorm.bench.run import Entry
 from batchnorm.bench.show import Screen
 from batchnorm.errors import BatchNormError
 from batchnorm.report.command import REFUSED, SUCCESS
 from batchnorm.report.command import run as run_command
-from benchmarks import registry
+from benchmarks import flax_layer, registry, resnet
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds are few in the short run, and the step takes about one.
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entries = registry.full(threads) if options.full else registry.short(threads)
         entries = [entry for entry in entries if matches(entry, options.filter)]
         if options.flax:
+            PEERS["flax"] = flax_layer.build
             entries = [replace(entry, peers=(*entry.peers, "flax")) for entry in entries]
         steps = networks(options.full, threads) if matches_network(options.filter) else []
         if options.list:

@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,9 +45,12 @@ from torch.nn import functional as F
 from batchnorm.bench import machine, memory
 from batchnorm.bench.cases import parse_threads
 from batchnorm.bench.measure import Samples
-from batchnorm.bench.resnet import ResNet50
 from batchnorm.bench.run import threads as with_threads
-from batchnorm.report.files import write_whole
+from batchnorm.errors import BatchNormError
+from batchnorm.report.command import REFUSED
+from batchnorm.report.command import run as run_command
+from batchnorm.report.files import require_writable, write_whole
+from benchmarks.resnet import ResNet50
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 SCHEMA = 1
@@ -57,6 +61,9 @@ LAYERS = (WITHOUT, TORCH, "ours", "fused")
 """The variants whose results mean something: these are compared, and measured for memory."""
 
 STEPS_FOR_MEMORY = 6
+TIME_FOR_STEPS = 0.8
+"""The rest is left to the processes that measure memory."""
+
 LEAST_ROUNDS = 3
 """However long they take."""
 
@@ -326,7 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The values of unwritten memory must not slow the convolutions down.
     torch.set_flush_denormal(True)
     try:
+        if options.memory_of is None:
+            require_writable(options.json.parent, [options.json.name])
         return run(options)
+    except (BatchNormError, OSError) as error:
+        print(f"benchmarks.step: {error}", file=sys.stderr)
+        return REFUSED
     finally:
         torch.set_flush_denormal(False)
 
@@ -348,13 +360,15 @@ def run(options: argparse.Namespace) -> int:
         "schema": SCHEMA, "machine": machine.describe(), "batch": options.batch, "size": options.size,
         "layout": options.layout, "memory": {}, "times": [],
     }  # fmt: skip
-    if not options.no_memory:
-        report["memory"] = {name: in_own_process(name, options, counts[-1]) for name in LAYERS}
-        print("\n" + "\n".join(memory_lines(report["memory"])), flush=True)
+    seconds = 60 * options.minutes * (1.0 if options.no_memory else TIME_FOR_STEPS)
     for place, threads in enumerate(counts):
-        left = 60 * options.minutes - (time.perf_counter() - begun)
+        left = seconds - (time.perf_counter() - begun)
         report["times"].append(time_steps(threads, left / (len(counts) - place), images, labels, options.layout))
         print("\n" + "\n".join(time_lines(report["times"][-1])), flush=True)
+    if not options.no_memory:
+        # Last, when all kernels are in the cache on disk: compiling one takes more memory than the step.
+        report["memory"] = {name: in_own_process(name, options, counts[-1]) for name in LAYERS}
+        print("\n" + "\n".join(memory_lines(report["memory"])), flush=True)
     content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     (path,) = write_whole(options.json.parent, {options.json.name: content.encode()})
     print(f"\nAll figures: {path}; {time.perf_counter() - begun:.0f} s")
@@ -365,8 +379,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description="What batch normalization costs a training step of ResNet-50."
     )
-    parser.add_argument("--batch", type=int, default=16, help="images a step (16)")
-    parser.add_argument("--size", type=int, default=112, help="their side in pixels (112)")
+    parser.add_argument("--batch", type=partial(_at_least, 2), default=16, help="images a step (16)")
+    parser.add_argument("--size", type=partial(_at_least, 32), default=112, help="their side in pixels (112)")
     parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     parser.add_argument("--threads", default="1,all", help='numbers of threads, e.g. "1,all" (the default)')
     parser.add_argument("--minutes", type=float, default=5.0, help="about how long to measure (5)")
@@ -378,5 +392,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least(least: int, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+    return int(text)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks.step", main))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from compile_once import compiled_once
 from ranked import Helper
 
 
@@ -66,3 +68,14 @@ def on_ranks() -> Iterator[Callable[..., list[Any]]]:
     helper = Helper()
     yield helper.run
     helper.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers of pytest-xdist compile each kernel once between them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    # The parent of a worker's own folder is common to all workers of the run.
+    with compiled_once(tmp_path_factory.getbasetemp().parent):
+        yield

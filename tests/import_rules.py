@@ -51,8 +51,6 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "jinja2": TOOLS,
     "sklearn": TOOLS,
     "PIL": ("experiments/",),
-    "jax": ("bench/",),
-    "flax": ("bench/",),
     "torch.distributed": ("nn/distributed.py",),
 }
 

@@ -30,6 +30,7 @@ from batchnorm.nn import (
 if TYPE_CHECKING:
     from batchnorm.lifecycle.convert import convert, revert
     from batchnorm.lifecycle.domains import domains, keep_domain, use_domain
+    from batchnorm.lifecycle.exact import exact_accumulation
     from batchnorm.lifecycle.folding.fold import fold
     from batchnorm.lifecycle.freeze import freeze, unfreeze
     from batchnorm.lifecycle.recalibrate import recalibrate
@@ -53,6 +54,7 @@ __all__ = [
     "convert",
     "defer_updates",
     "domains",
+    "exact_accumulation",
     "explain",
     "fold",
     "freeze",
@@ -75,6 +77,7 @@ _ON_FIRST_USE = {
     "recalibrate": "batchnorm.lifecycle.recalibrate",
     "accumulate_statistics": "batchnorm.lifecycle.updates",
     "defer_updates": "batchnorm.lifecycle.updates",
+    "exact_accumulation": "batchnorm.lifecycle.exact",
     "freeze": "batchnorm.lifecycle.freeze",
     "unfreeze": "batchnorm.lifecycle.freeze",
     "domains": "batchnorm.lifecycle.domains",

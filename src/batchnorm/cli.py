@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What it calls is imported by each command, so that ``--help`` is quick."""
+"""The command line: parse, call, print. Each command imports what it needs, so ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="Number of runs, with this many seeds from --seed on.")] = 1,
     threads: Annotated[int, typer.Option(help="PyTorch's threads; one is fastest at this size.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("reproduction"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines in place of bar and tables.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines instead of a progress bar and tables.")] = False,
 ) -> None:
     """Section 4.1 of the paper: one network with and without batch normalization.
 
@@ -170,11 +170,11 @@ def bench(
     ] = None,
     extra: Annotated[list[str] | None, typer.Option(help="plain, relu or residual+relu. [default: plain]")] = None,
     threads: Annotated[str, typer.Option(help="Numbers of threads, with commas between.")] = "1,all",
-    peers: Annotated[str, typer.Option(help="Rivals among torch, compile, onednn, flax.")] = "torch,compile,onednn",
+    peers: Annotated[str, typer.Option(help="Rivals among torch, compile, onednn.")] = "torch,compile,onednn",
     seconds: Annotated[float, typer.Option(help="Time for each case.")] = 2.0,
     json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a picture: .png, .svg or .pdf.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines in place of tables.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines instead of tables.")] = False,
 ) -> None:
     """Speed and memory of the layers on this machine, against PyTorch and a copy."""
     from batchnorm.bench.command import bench as run

@@ -1,7 +1,7 @@
 """The errors of the library.
 
-Each is a ``BatchNormError`` and at the same time the built-in kind that PyTorch raises in the same
-place, so that ``except ValueError`` written for ``torch.nn.BatchNorm2d`` goes on working.
+Each is a ``BatchNormError`` and also the built-in error that PyTorch raises in the same place, so ``except ValueError``
+written for ``torch.nn.BatchNorm2d`` still works.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class DtypeError(BatchNormError, RuntimeError):
 
 
 class AutogradError(BatchNormError, RuntimeError):
-    """What autograd or a function transform cannot do here."""
+    """An operation that autograd or a function transform cannot do here."""
 
 
 class BackendError(BatchNormError, RuntimeError):
-    """A backend that was named outright and cannot serve."""
+    """A backend that was asked for by name and cannot run the call."""
 
 
 class NonFiniteError(BatchNormError, RuntimeError):
@@ -44,11 +44,11 @@ class ExchangeError(BatchNormError, RuntimeError):
 
 
 class DataError(BatchNormError, ValueError):
-    """A data file that is missing, cut short or not what it claims to be."""
+    """A data file that is missing, truncated or in another format than its name or header says."""
 
 
 def expected(function: str, invariant: str, got: object, todo: str) -> str:
-    """The one form of our messages.
+    """The form of all error messages.
 
     >>> expected("fold", "a model in eval mode", "one in training mode", "Call model.eval() first.")
     'fold: expected a model in eval mode, got one in training mode. Call model.eval() first.'

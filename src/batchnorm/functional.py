@@ -153,6 +153,83 @@ def batch_norm(
     return run(input, weight, bias, eps, statistics, act, residual, places, out)
 
 
+class Normalized(NamedTuple):
+    """What ``batch_norm_with_statistics`` gives."""
+
+    output: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def batch_norm_with_statistics(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Normalized:
+    """``batch_norm`` in training, with the new running statistics as results. Nothing is written.
+
+    For function transforms (``torch.func.grad``, ``vmap``, ``jvp`` and the like), which cannot write to tensors from
+    outside. Under ``vmap`` each example is a batch of its own and gets statistics of its own. No gradient flows
+    through them.
+
+    Arguments:
+        running_mean, running_var: shape (C,), as they are before the batch
+        momentum: weight of the NEW batch; 1/k for the k-th batch gives the cumulative average
+        others: as of ``batch_norm``
+
+    Returns:
+        ``output``, ``running_mean`` and ``running_var``; the statistics have the dtypes of the given ones
+
+    Raises:
+        as ``batch_norm``
+
+    >>> import torch
+    >>> x, weight = torch.tensor([[1.0], [3.0], [8.0]]), torch.ones(1)
+    >>> def loss(weight, mean, var):
+    ...     y, mean, var = batch_norm_with_statistics(x, mean, var, weight, momentum=0.5)
+    ...     return y.pow(3).sum(), (mean, var)
+    >>> torch.func.grad(loss, has_aux=True)(weight, torch.zeros(1), torch.ones(1))
+    (tensor([4.2330]), (tensor([2.]), tensor([7.])))
+    """
+    act = activation_by_name(activation, negative_slope)
+    name = "batch_norm_with_statistics"
+    check(name, input, weight, bias, running_mean, running_var, eps, by_batch=True)
+    places = EVERYWHERE
+    if mask is not None or sample_weight is not None:
+        places = check_places(name, input, mask, sample_weight, by_batch=True)
+    if residual is not None:
+        residual = check_residual(name, input, residual)
+    sink = _Results(Running(running_mean, running_var, momentum))
+    output = run(input, weight, bias, eps, Batch(sink), act, residual, places)
+    if input.numel() == 0:
+        return Normalized(output, running_mean, running_var)
+    return Normalized(output, *sink.results)
+
+
+class _Results:
+    """The sink that writes nothing and keeps what would be written."""
+
+    running = None
+
+    def __init__(self, before: Running) -> None:
+        self._before = before
+        self.results = before.mean, before.var
+
+    def take(self, found: Moments, where: Tensor | None = None) -> None:
+        mean, var = self._before.after(found)
+        self.results = mean.to(self._before.mean.dtype), var.to(self._before.var.dtype)
+
+
 def run(
     x: Tensor,
     weight: Tensor | None,
@@ -186,7 +263,7 @@ def run(
         return _inferred(kernel, x, weight, bias, eps, mean, var, activation, residual, mask, out)
 
     sink, seams = statistics
-    fused = sink if isinstance(sink, Running) and seams is PLAIN else None
+    fused = sink if isinstance(sink, Running) and (seams is PLAIN or seams.is_fused) else None
     running = sink if isinstance(sink, Running) or sink is None else sink.running
     written = () if running is None else (running.mean, running.var, running.batches)
     kernel = kernels.choose(
@@ -208,7 +285,7 @@ def run(
     else:
         y, stats, found, _ = phases.forward(
             kernel, x, weight, bias, eps, seams, residual=residual, activation=activation, mask=mask,
-            sample_weight=sample_weight,
+            sample_weight=sample_weight, running=fused,
         )  # fmt: skip
     if sink is not None and sink is not fused:
         if found is None:
@@ -318,8 +395,9 @@ def _give(sink: Running | Sink, found: Moments, *, where: Tensor | None = None) 
         if not torch._C._are_functorch_transforms_active() or isinstance(error, AutogradError):
             raise
         todo = (
-            "Pass the buffers into the transformed function and use torch.func.functional_call, or normalize by "
-            "running statistics with eval()."
+            "Pass the buffers into the transformed function and use torch.func.functional_call, call "
+            "functional.batch_norm_with_statistics, which returns the new ones, or normalize by running statistics "
+            "with eval()."
         )
         invariant = "running statistics that were passed into the function transform"
         got = "captured ones, which it cannot write"

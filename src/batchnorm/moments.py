@@ -1,8 +1,8 @@
-"""``Moments``: the one statistic of the project.
+"""``Moments``: count, mean and sum of squared deviations of each channel.
 
-Count, mean and sum of squared deviations per channel. Kernels return it, ranks exchange it, masks and
-weights change it, recalibration sums it up. Two of them merge by Chan's formula, so a batch that is cut
-in any way, in any order, has the moments of the whole.
+It is the only statistic of the project: kernels return it, ranks exchange it, masks and weights change it, and
+recalibration sums it up. Chan's formula merges two of them, so the parts of a batch, cut in any way and merged in any
+order, give the moments of the whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentError, DtypeError, expected
 
-# Values handled at once on the CPU: two float32 copies of them stay in a second-level cache of 1 MiB.
+# Values processed at once on the CPU: two float32 copies of them fit in a second-level cache of 1 MiB.
 PART = 1 << 17
 # torch gives a sum of fewer values to one thread (at::internal::GRAIN_SIZE is 2¹⁵).
 UNSPLIT = (1 << 15) - 1
@@ -58,10 +58,13 @@ class Moments:
     m2: Tensor
 
     def __post_init__(self) -> None:
-        shapes = [tuple(t.shape) for t in (self.count, self.mean, self.m2)]
-        if len(set(shapes)) != 1 or len(shapes[0]) not in (1, 2):
+        first = self.count.shape
+        if any(isinstance(n, Tensor) for n in first):
+            return  # under torch.jit.trace, which records comparisons of sizes
+        if not (len(first) in (1, 2) and self.mean.shape == first and self.m2.shape == first):
+            got = [tuple(t.shape) for t in (self.count, self.mean, self.m2)]
             todo = "Give one value a channel in each."
-            raise ArgumentError(expected("Moments", "three tensors of one shape (channels,)", shapes, todo))
+            raise ArgumentError(expected("Moments", "three tensors of one shape (channels,)", got, todo))
 
     @property
     def channels(self) -> int:
@@ -174,14 +177,14 @@ def merge_stacked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
 def moments_of_view(x: Tensor, weight: Tensor | None = None) -> Moments:
     """Moments of a tensor seen as (outer, channel, inner), weights broadcastable to it.
 
-    A tensor (groups, outer, channel, inner) gives those of each group. The mean first, then the squares about it:
-    nothing cancels. Values of 32 bits or fewer are summed in float32 over short runs about a shift that is near the
-    mean, so that x − shift is exact; everything else goes in float64.
+    A tensor (groups, outer, channel, inner) gives the moments of each group. The mean is computed first, then the
+    squares about it, so nothing cancels. Values of 32 bits or fewer are summed in float32 over short runs, about a
+    shift near the mean, so that x − shift is exact. Everything else is summed in float64.
     """
     graph = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
     if weight is None and not graph and x.dtype != torch.float64 and x.numel():
         found = _narrow_moments(x)
-        # Values near the largest float32 overflow in squares and sums; float64 then tells them from a real Inf.
+        # Squares and sums of values near the largest float32 overflow; float64 then separates them from a real Inf.
         if x.device.type != "cpu" or bool(torch.isfinite(found.m2).all()):
             return found
     parts = [(slice(None),) * x.dim()] if graph or x.device.type != "cpu" else list(cut(x.shape))
@@ -197,7 +200,7 @@ def moments_of_view(x: Tensor, weight: Tensor | None = None) -> Moments:
 
 
 def _narrow_moments(x: Tensor) -> Moments:
-    """Two sweeps, part by part on the CPU so that what lies between stays in cache.
+    """Two sweeps, on the CPU part by part so that intermediate results stay in cache.
 
     With s near the mean and d = x − s: mean = s + Σd/n and M2 = Σd² − (Σd)²/n, whose second term only corrects
     the rounding of s.
@@ -221,18 +224,18 @@ def _narrow_moments(x: Tensor) -> Moments:
         sum_d[groups].add_(d.sum((-3, -1), dtype=summed))
         sum_dd[groups].add_(d.mul_(d).sum((-3, -1), dtype=summed))
     mean = shift.to(wide) + sum_d / count
-    # Not below 0, where rounding could carry the difference of a constant channel.
+    # Rounding could make the difference negative in a constant channel.
     return Moments(torch.full_like(total, count), mean, (sum_dd - sum_d.square() / count).clamp_(min=0))
 
 
 class Room:
-    """Working memory of one sweep, float32, used again from part to part: fresh pages cost more than the sums."""
+    """Working memory of one sweep, reused from part to part: fresh pages cost more than the sums."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._flat = torch.empty(0, dtype=dtype, device=device)
 
     def like(self, part: Tensor) -> Tensor:
-        """Room of the part's shape; what was there is lost."""
+        """Memory of the shape of ``part``. It overwrites what the last call returned."""
         if self._flat.numel() < part.numel():
             self._flat = torch.empty(part.numel(), dtype=self._flat.dtype, device=self._flat.device)
         strides = [0] * part.dim()
@@ -277,7 +280,7 @@ def cut(shape: torch.Size, values: int = PART) -> Iterator[tuple[slice, ...]]:
     """
     *groups, outer, channels, inner = shape
     if channels == 1:
-        # torch splits a sum to a single number among threads, and its bits would hang on how many there are.
+        # torch splits a sum to a single number among threads, and its bits would depend on how many there are.
         values = min(values, UNSPLIT)
     if groups:
         together = values // max(1, outer * channels * inner)
@@ -321,14 +324,14 @@ def combine_weights(function: str, x: Tensor, mask: Tensor | None, sample_weight
 
 
 def counted(mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
-    """How often each value counts: its weight, 0 where absent; None where all count once."""
+    """How often each value counts: its weight, 0 if masked out; None if all count once."""
     if mask is None or sample_weight is None:
         return mask if sample_weight is None else sample_weight
     return torch.where(mask, sample_weight, torch.zeros_like(sample_weight))
 
 
 def _flat(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    """A broadcastable weight beside x.flatten(2): positions in one last dimension."""
+    """A weight that broadcasts to x.flatten(2), where all positions are in the last dimension."""
     if weight is None:
         return None
     if x.dim() == 2:

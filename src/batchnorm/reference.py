@@ -28,7 +28,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Statistics(NamedTuple):
-    """What Algorithm 1 measures on a mini-batch, each of shape (C,).
+    """The statistics of a mini-batch in Algorithm 1, each of shape (C,).
 
     The mean is mean + rest: float64 holds a mean of 1e8 only to 1e-8, and `rest` is what its rounding left.
     """
@@ -40,7 +40,7 @@ class Statistics(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The output and what led to it. y, z and x_hat have the shape of x."""
+    """The output and the intermediate results. y, z and x_hat have the shape of x."""
 
     y: Array
     z: Array  # before the activation
@@ -49,7 +49,7 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss: the first four of the inputs, the others are the paper's steps on the way."""
+    """Gradients of the loss: the first four with respect to the inputs, the others to the paper's intermediates."""
 
     dx: Array  # shape of x
     dweight: Array  # (C,)
@@ -118,7 +118,7 @@ def weights_of(x: Array, mask: Any = None, sample_weight: Any = None) -> Array:
 
 
 def present_only(values: Any, x: Array, mask: Any = None) -> Array:
-    """`values` in float64 with 0 in the place of what is absent, so that a NaN there goes no further."""
+    """`values` in float64 with 0 where the mask is False, so that a NaN there does not spread."""
     array = np.array(np.broadcast_to(values, x.shape), dtype=np.float64)
     return array if mask is None else np.where(places(mask, x) != 0, array, 0.0)
 
@@ -157,7 +157,7 @@ def mini_batch_statistics(x: Any, mask: Any = None, sample_weight: Any = None) -
 
 
 def deviations(x: Array, mean: Any, rest: Any = 0.0) -> Array:
-    """x − μ. Subtracting a near number is exact, and so nothing is lost before `rest` is taken off too."""
+    """x − μ. Subtracting a nearby number is exact, so no digits are lost before `rest` is subtracted too."""
     return (x - per_channel(mean, x)) - per_channel(rest, x)
 
 
@@ -221,7 +221,7 @@ def batch_norm_forward(
 
 
 def as_statistics(population: Population) -> Statistics:
-    """A population's mean and variance where a mini-batch's are asked for. No value of the batch counts."""
+    """A population's mean and variance in place of a mini-batch's. No value of the batch counts."""
     mean, var = np.asarray(population.mean, dtype=np.float64), np.asarray(population.var, dtype=np.float64)
     return Statistics(np.zeros_like(mean), mean, var, np.zeros_like(mean))
 
@@ -335,7 +335,7 @@ def batch_norm_backward(
 
 
 def unbiased_variance(statistics: Statistics) -> Array:
-    """m/(m−1) · σ²: what the variance of a population is guessed to be from a sample of m of its values.
+    """m/(m−1) · σ²: the unbiased estimate of a population's variance from a sample of m values.
 
     With frequency weights m is W, their sum: a weight of 2 is a sample seen twice.
 
@@ -468,7 +468,7 @@ def activation_derivative(z: Array, name: str = "identity", negative_slope: floa
 
 
 def sigmoid(z: Array) -> Array:
-    """1 / (1 + exp(−z)), by way of exp(−|z|), which cannot overflow.
+    """1 / (1 + exp(−z)), computed from exp(−|z|), which cannot overflow.
 
     >>> sigmoid(np.array([-1000.0, 0.0, 1000.0]))
     array([0. , 0.5, 1. ])
@@ -478,7 +478,7 @@ def sigmoid(z: Array) -> Array:
 
 
 def normal_cdf(z: Array) -> Array:
-    """The chance that a standard normal variable is below z. erfc keeps the digits of a small chance.
+    """The probability that a standard normal variable is below z. erfc keeps the digits of a small probability.
 
     >>> normal_cdf(np.array([0.0, -10.0]))
     array([5.00000000e-01, 7.61985302e-24])

@@ -71,8 +71,7 @@ def test_it_measures_the_users_shape_and_leaves_json_and_plot(
         ),
         (
             ["--peers", "tensorflow"],
-            "batchnorm: bench: expected peers among torch, compile, onednn, flax, got 'tensorflow'. "
-            "Correct the name.\n",
+            "batchnorm: bench: expected peers among torch, compile, onednn, got 'tensorflow'. Correct the name.\n",
         ),
         (
             ["--plot", "bench.txt"],

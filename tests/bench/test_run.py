@@ -12,6 +12,7 @@ from batchnorm.bench.peers import OURS, PEERS, Program, Unavailable
 from batchnorm.bench.problem import Problem
 from batchnorm.bench.run import Entry, measure, run
 from bench_rows import off_by_a_tenth
+from benchmarks import flax_layer
 
 QUICK = Plan(least=0.0, rounds=2, enough=2, budget=0.0)
 SMALL = Case((4, 6, 5, 5))
@@ -136,7 +137,8 @@ def test_memory_is_measured_once_a_case_and_only_with_a_backward_pass() -> None:
     assert measured == {("forward+backward", 1)}
 
 
-def test_jax_takes_part_only_where_it_is_installed() -> None:
+def test_jax_takes_part_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "flax", flax_layer.build)
     torch.set_num_threads(1)
     flax = measure(Problem(SMALL), ("flax",), QUICK)["peers"]["flax"]
     assert flax["status"] == "skipped" and flax["why"] is not None

@@ -124,6 +124,31 @@ def test_a_process_that_fails_says_why() -> None:
         step.in_own_process("nothing", options, 1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1"], "argument --batch: expected a whole number from 2 on, got '1'"),
+        (["--size", "x"], "argument --size: expected a whole number from 32 on, got 'x'"),
+    ],
+)
+def test_sizes_that_cannot_be_measured_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        step.main(arguments)
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m benchmarks.step: error: {message}"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert step.main(["--json", str(file / "step.json")]) == 2
+    assert capsys.readouterr() == ("", f"benchmarks.step: [Errno 17] File exists: {str(file)!r}\n")
+
+
 @pytest.mark.slow
 def test_the_program_prints_and_writes_all_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "step.json"

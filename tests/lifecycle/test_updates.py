@@ -217,6 +217,21 @@ def test_updates_are_not_written_over_what_changed_the_statistics_in_the_meantim
     assert everything(model) == before
 
 
+def test_the_copies_are_made_at_the_first_batch_as_ddp_sends_buffers_before_it() -> None:
+    model, plain, other = network(), network(), network()
+    other(torch.randn(8, 4) + 3)
+    x = torch.randn(8, 4)
+    plain.load_state_dict(other.state_dict())
+    plain(x)
+    with bn.defer_updates(model) as updates, bn.defer_updates(model) as inner:
+        model.load_state_dict(other.state_dict())
+        model(x)
+        assert same(state(model), state(other))
+        inner.commit()
+    updates.commit()
+    assert same(state(model), state(plain))
+
+
 def test_statistics_that_are_nan_are_no_change() -> None:
     layer = bn.BatchNorm1d(2)
     layer(torch.full((4, 2), torch.inf))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 import batchnorm as bn
+from batchnorm.errors import StateError
 from batchnorm.kernels import use_backend
 
 Wrap = Callable[[nn.Module, Tensor], Tensor]
@@ -127,6 +128,29 @@ def test_with_guards_against_nonfinite_batches(policy: str) -> None:
     plain, model = network(nonfinite=policy), network(nonfinite=policy)
     reference = outcome(plain, plain)
     assert same_to_the_bit(outcome(model, lambda x: checkpoint(model, x, use_reentrant=False)), reference)
+
+
+def test_renormalization_needs_the_statistics_of_the_first_forward() -> None:
+    renorm = bn.Renorm(warmup=(0, 0, 0))
+
+    def run(forward: Callable[[Tensor], Tensor], model: nn.Module) -> list[Tensor]:
+        with bn.defer_updates(model) as updates:
+            found = outcome(model, forward, steps=1)
+        updates.commit()
+        return found + [b.clone() for b in model.buffers()]
+
+    plain, model = network(renorm=renorm), network(renorm=renorm)
+    for each in (plain, model):
+        each(torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1)
+    reference = run(plain, plain)
+    assert same_to_the_bit(run(lambda x: checkpoint(model, x, use_reentrant=False), model), reference)
+    y = checkpoint(model, torch.randn(6, 4, dtype=torch.float64), use_reentrant=False)
+    with pytest.raises(StateError) as caught:
+        y.sum().backward()
+    assert str(caught.value) == (
+        "1 (BatchNorm1d): expected the running statistics of the first forward, for renorm in an activation "
+        "checkpoint, got later ones. Run forward and backward inside `with defer_updates(model):`, and commit after it."
+    )
 
 
 def test_a_backward_after_the_block_of_updates_changes_nothing_more() -> None:

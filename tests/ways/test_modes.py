@@ -151,7 +151,7 @@ def test_hooks_on_saved_tensors(how: str, activation: str | None, training: bool
     assert packed or how == "save_on_cpu"
 
 
-@way(WHERE, "`checkpoint`, reentrant or not", "gradients as without; running statistics as torch's")
+@way(WHERE, "`checkpoint`, reentrant or not", "gradients as without; running statistics move once, torch's twice")
 @both_modes
 @activations
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -165,9 +165,11 @@ def test_checkpoint(reentrant: bool, activation: str | None, training: bool) -> 
         y.backward(DY)
         given.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
     same(given[0], given[1], "dx")
+    moved = [int(layer[0].num_batches_tracked) - 3 for layer in (ours, torchs)]
+    assert moved == ([1, 2] if training else [0, 0])
 
 
-@way(WHERE, "selective checkpointing", "works")
+@way(WHERE, "selective checkpointing", "works; running statistics move once")
 @both_modes
 @activations
 @pytest.mark.parametrize("policy", [CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_SAVE])
@@ -188,6 +190,7 @@ def test_selective_checkpoint(policy: CheckpointPolicy, activation: str | None, 
 
     ours, torchs = pair(activation, training=training)
     same(scenario(ours), scenario(torchs), "dx")
+    assert int(ours[0].num_batches_tracked) == 3 + training
 
 
 @way(WHERE, "`inference_mode`, and its tensors in a later graph", "as torch's layer")

@@ -64,7 +64,7 @@ class BatchNormFunction(torch.autograd.Function):
         if call.seams is not PLAIN:
             y, stats, call.found, call.correction = phases.forward(
                 kernel, x, weight, bias, call.eps, call.seams, residual=residual, activation=activation, mask=mask,
-                sample_weight=sample_weight,
+                sample_weight=sample_weight, running=call.running,
             )  # fmt: skip
             call.stats = stats
         elif call.population is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activations import Activation
-from batchnorm.kernels.contract import Groups, Kernel, Needs
+from batchnorm.kernels.contract import Groups, Kernel, Needs, Running
 from batchnorm.kernels.seams import Reducer, Seams, corrected
 from batchnorm.moments import Moments
 
@@ -23,16 +23,18 @@ def forward(
     activation: Activation,
     mask: Tensor | None,
     sample_weight: Tensor | None,
+    running: Running | None,
 ) -> tuple[Tensor, Tensor, Moments | None, tuple[Tensor, Tensor] | None]:
     """y; mean and variance that it was normalized by, stacked; their moments, and the correction r and d, if any.
 
-    Groups alone leave nothing to do between statistics and use: that is the fused kernel, which gives no moments.
+    Groups alone leave nothing to do between statistics and use: that is the fused kernel, which gives no moments and
+    updates ``running`` itself.
     """
     groups = seams.groups
-    if seams.reducer is None and seams.correct is None:
+    if seams.is_fused:
         y, stats = kernel.forward(
             x, weight, bias, eps, residual=residual, activation=activation, mask=mask, sample_weight=sample_weight,
-            groups=groups,
+            running=running, groups=groups,
         )  # fmt: skip
         return y, stats, None, None
     batch = kernel.moments(x, mask=mask, sample_weight=sample_weight, groups=groups)

@@ -1,4 +1,4 @@
-"""Those who are measured: ours, PyTorch in three ways, JAX where it is installed, and copies as the yardstick.
+"""What is measured: ours, PyTorch in three ways, and copies as the yardstick.
 
 Each is built for a problem as its user would write it, and gives a function of no arguments, which is what is timed.
 """
@@ -93,7 +93,7 @@ def torch_compiled(problem: Problem) -> Program:
     """The same layers through torch.compile with its own settings; compiled for exactly this shape."""
     layer = _torch_layer(problem)
     # Each problem is a new specialization: without this the limit of recompilations is soon reached.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(Block(layer, problem.case.extra), fullgraph=True, dynamic=False)
     return Program(_step(lambda x, residual: compiled(x, residual), problem, layer), layer=layer)
 
@@ -136,19 +136,12 @@ def memmove(problem: Problem) -> Program:
     return Program(lambda: (move(to, source, size), out), checked=False)
 
 
-def flax(problem: Problem) -> Program:
-    """Flax's layer under jax.jit, where both are installed."""
-    from batchnorm.bench.jax import build
-
-    return build(problem)
-
-
+# ``benchmarks`` adds peers that users of the library need not have.
 PEERS: dict[str, Callable[[Problem], Program]] = {
     OURS: ours,
     "torch": torch_eager,
     "compile": torch_compiled,
     "onednn": onednn,
-    "flax": flax,
     "copy": copy,
     "clone": clone,
     "memmove": memmove,

@@ -19,7 +19,7 @@ from batchnorm.experiments import openml
 from batchnorm.experiments.idx_folder import TEST_FILES, TRAIN_FILES, Bytes, read_folder
 
 CLASSES = 10
-# 480 of the 1,797 images are eight mini-batches of 60: the test set can be seen in batches of the training size.
+# 480 of the 1,797 images are eight mini-batches of 60, so the test set divides into batches of the training size.
 DIGITS_TEST_IMAGES = 480
 MNIST_TRAIN_IMAGES = 60_000
 
@@ -76,7 +76,7 @@ def _from_scikit_learn() -> Digits:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    # A fixed split: seeds of the experiment vary the weights and the batches, never the test set.
+    # A fixed split: the seeds of the experiment change the weights and the batches, never the test set.
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, labels, test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=0
     )
@@ -97,7 +97,7 @@ def _from_openml() -> Digits:
 
 
 def _from_folder(folder: Path) -> Digits:
-    if not os.path.isdir(folder):  # where Path.is_dir() raises for a name too long, this does not
+    if not os.path.isdir(folder):  # unlike Path.is_dir(), this does not raise if the name is too long
         raise DataError(
             expected(
                 "load",

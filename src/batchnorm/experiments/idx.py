@@ -1,4 +1,4 @@
-"""The IDX format of the MNIST files, read with every promise of the header checked.
+"""A reader of the IDX format of the MNIST files that checks everything the header says.
 
 A file is a big-endian header and then one unsigned byte a value:
 
@@ -37,7 +37,7 @@ _PIECE = 1 << 20
 
 
 def read(path: Path, magic: int) -> NDArray[np.uint8]:
-    """The array in an IDX file of unsigned bytes; a name that ends in ``.gz`` is unpacked on the way.
+    """The array in an IDX file of unsigned bytes. A file whose name ends in ``.gz`` is decompressed.
 
     Args:
         path: the file.
@@ -86,7 +86,7 @@ def read(path: Path, magic: int) -> NDArray[np.uint8]:
 
 
 def _at_most(file: BufferedIOBase, limit: int) -> bytes:
-    """Up to ``limit`` bytes, in pieces: what is allocated is what is there, whatever a damaged header claims."""
+    """Read up to ``limit`` bytes in pieces, so that a damaged header cannot cause a huge allocation."""
     pieces: list[bytes] = []
     while limit > 0 and (piece := file.read(min(limit, _PIECE))):
         pieces.append(piece)
@@ -99,5 +99,5 @@ def _cut_short(path: Path, promised: str, found: str) -> DataError:
 
 
 def _reason(error: BaseException) -> str:
-    """The bare reason: an OSError's own text would repeat the path."""
+    """The reason alone: the text of an OSError would repeat the path."""
     return getattr(error, "strerror", None) or str(error)

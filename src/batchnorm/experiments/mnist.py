@@ -44,7 +44,7 @@ _MOST_IMAGES_FOR_PERCENTILES = 10_000
 _MOST_CALIBRATION_BATCHES = 200
 
 _LARGEST_SEED = 2**32 - 1
-# Beyond any patience; figures and files are made for less.
+# Longer than anyone waits; figures and files are designed for fewer.
 _MOST_STEPS = 10**9
 _MOST_SEEDS = 1000
 
@@ -137,7 +137,7 @@ class Point:
 def recorded_steps(steps: int) -> list[int]:
     """The steps at which to record: close together at first, then every fiftieth of the run.
 
-    Apart by a tenth of the step reached, until that is more than a fiftieth of the whole; the ends are among them.
+    The gap is a tenth of the step reached, at most a fiftieth of the whole. The first and last steps are included.
 
     >>> recorded_steps(20)
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
@@ -207,7 +207,7 @@ def train(settings: Settings, digits: Digits, seed: int) -> Iterator[Point]:
         weight_std=settings.weight_std,
         generator=torch.Generator().manual_seed(2 * seed),
     )
-    # A second stream, so that the order of the mini-batches does not hang on how many weights were drawn.
+    # A second generator, so that the order of the mini-batches does not depend on how many weights were drawn.
     batches = _mini_batches(digits, torch.Generator().manual_seed(2 * seed + 1))
     evaluation = _Evaluation(digits)
     done = 0
@@ -221,7 +221,7 @@ def train(settings: Settings, digits: Digits, seed: int) -> Iterator[Point]:
 
 
 def _mini_batches(digits: Digits, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full mini-batches for ever, in a new order each epoch; the few images left over sit that epoch out."""
+    """Full mini-batches without end, in a new order each epoch. The few images left over are skipped in that epoch."""
     images, labels = digits.train_images, digits.train_labels
     whole = len(images) // BATCH_SIZE * BATCH_SIZE
     while True:
@@ -231,7 +231,7 @@ def _mini_batches(digits: Digits, generator: torch.Generator) -> Iterator[tuple[
 
 @torch.enable_grad()
 def _descend(network: nn.Sequential, images: Tensor, labels: Tensor, learning_rate: float) -> None:
-    """One step of plain gradient descent; by hand, since importing torch.optim's machinery takes seconds."""
+    """One step of plain gradient descent, written out because importing torch.optim takes seconds."""
     parameters = list(network.parameters())
     gradients = torch.autograd.grad(cross_entropy(network(images), labels), parameters)
     with torch.no_grad():
@@ -275,11 +275,11 @@ class _Evaluation:
         )
 
     def _accuracy_recalibrated(self, network: nn.Sequential, estimator: Literal["paper", "pooled"]) -> float:
-        """The accuracy under population statistics, which are left in ``network``."""
+        """The accuracy with population statistics, which stay in ``network``."""
         try:
             recalibrate(network, self.calibration_batches, estimator=estimator)
         except NonFiniteError:
-            return 0.0  # training has diverged: there are no statistics, and no image is recognized without
+            return 0.0  # training has diverged: there are no statistics, so no image counts as recognized
         return self._measure(network.eval(), [self.images])[1]
 
     def _measure(self, network: nn.Sequential, batches: Sequence[Tensor]) -> tuple[Tensor, float]:
@@ -287,7 +287,7 @@ class _Evaluation:
         body, head = network[:-2], network[-2:]
         inputs = torch.cat([body(images) for images in batches])
         outputs = head(inputs)
-        # argmax would take a NaN for the largest: where training has diverged no image counts as recognized.
+        # argmax treats NaN as the largest. If training has diverged, no image counts as recognized.
         right = (outputs.argmax(dim=1) == self.labels) & outputs.isfinite().all(dim=1)
         return inputs, int(right.sum()) / len(right)
 
@@ -299,7 +299,7 @@ def _percentiles(inputs: Tensor) -> Tensor:
 
 
 def _linear(weight: Tensor, *, bias: bool) -> nn.Linear:
-    """A linear layer with a copy of ``weight`` and a bias of zeros, made without a draw from the global generator."""
+    """A linear layer with a copy of ``weight`` and a bias of zeros, made without drawing from the global generator."""
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=weight.dtype).to_empty(device="cpu")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""From recorded points to the ``Metrics`` that reports are drawn from."""
+"""Turns recorded points into ``Metrics``, from which reports are made."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from batchnorm.report.metrics import Settings as SettingsRecord
 
 
 class Recording:
-    """Points as they come, one list a seed; ``metrics`` can be asked for at any time.
+    """Recorded points, one list for each seed. ``metrics`` can be called at any time.
 
-    A point is added whole by one call, so that an interruption between any two instructions leaves both networks'
-    records of the same length.
+    One call adds a whole point, so the records of both networks have the same length after an interruption at any
+    instruction.
     """
 
     def __init__(self, settings: Settings, digits: Digits, source: str) -> None:
@@ -54,7 +54,7 @@ class Recording:
         self._points.setdefault(seed, []).append(point)
 
     def metrics(self) -> Metrics:
-        """All that was recorded so far; at least one point is needed."""
+        """The metrics of all points recorded so far. At least one point is needed."""
         runs = []
         began = 0.0
         for seed, points in self._points.items():
@@ -112,10 +112,10 @@ class Recording:
 
 
 def _network(accuracy: list[float], percentiles: NDArray[np.float32]) -> Network:
-    """One network's course, from percentiles of shape (points, 3, sigmoids).
+    """The metrics of one network over training, from percentiles of shape (points, 3, sigmoids).
 
-    The typical sigmoid is the one in the middle when all are ordered by how far their median travels: neither the
-    steadiest nor the wildest, by the same rule for both networks.
+    The typical sigmoid is the middle one when all are ordered by how far their median moves. The same rule picks it in
+    both networks.
     """
     low, median, high = percentiles.astype(np.float64).transpose(1, 0, 2)
     travel = median.max(axis=0) - median.min(axis=0)
@@ -133,12 +133,12 @@ def _network(accuracy: list[float], percentiles: NDArray[np.float32]) -> Network
 
 
 def _values(values: NDArray[np.float64]) -> list[float | None]:
-    """As JSON holds them; six significant digits are more than float32 arithmetic kept."""
+    """Numbers for JSON. Six significant digits are enough: float32 arithmetic keeps fewer."""
     return [finite(float(f"{value:.6g}")) for value in values]
 
 
 def versions() -> Versions:
-    """What runs here."""
+    """Versions of the software and the kind of machine."""
     return Versions(
         batchnorm=metadata.version("batchnorm"),
         torch=str(torch.__version__),

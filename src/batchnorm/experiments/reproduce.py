@@ -27,10 +27,10 @@ def record(
     recording: Recording,
     on_point: Callable[[int, Point], None] | None = None,
 ) -> None:
-    """Train both networks for every seed, adding to ``recording`` as points come.
+    """Train both networks for every seed, and add each point to ``recording``.
 
-    The caller keeps the recording, so an interruption (or an error) loses nothing that was added before it. The
-    number of PyTorch's threads is set for the duration and put back.
+    The caller owns the recording, so an interruption or an error loses no point added before it. PyTorch's number of
+    threads is set during the training and restored afterwards.
 
     Args:
         settings: what to run.

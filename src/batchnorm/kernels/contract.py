@@ -53,14 +53,20 @@ class Running(NamedTuple):
     factor: float | Tensor  # weight of the new batch
     batches: Tensor | None = None  # (), int64: how many batches they have seen
 
-    def update(self, batch: Moments, where: Tensor | None = None) -> None:
-        """Follow the batch, in the batch's precision and rounded once; not at all where the bool ``where`` is False."""
-        factor = self.factor
+    def after(self, batch: Moments) -> tuple[Tensor, Tensor]:
+        """Mean and variance after the batch, in the batch's precision; nothing is written."""
+        factor, found = self.factor, []
         for r, value in ((self.mean, batch.mean), (self.var, batch.variance(biased=False))):
             value = value.detach()
             # Not lerp with factor 1: r + (value − r) would round, and a NaN in r would survive it.
             if isinstance(factor, Tensor) or factor != 1:
                 value = r.to(value.dtype) * (1 - factor) + value * factor
+            found.append(value)
+        return found[0], found[1]
+
+    def update(self, batch: Moments, where: Tensor | None = None) -> None:
+        """Follow the batch, in the batch's precision and rounded once; not at all where the bool ``where`` is False."""
+        for r, value in zip((self.mean, self.var), self.after(batch), strict=True):
             r.copy_(value if where is None else torch.where(where, value, r))
         if self.batches is not None:
             self.batches.add_(1 if where is None else where.to(self.batches.dtype))
@@ -203,7 +209,7 @@ class Kernel(Protocol):
         running: Running | None = None,
         groups: Groups | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Training: y, and the batch's mean and biased variance, (2, channels); no ``running`` beside ``groups``."""
+        """Training: y, and the batch's mean and biased variance, (2, channels)."""
 
     @staticmethod
     def backward(

@@ -217,7 +217,7 @@ def forward(
         x, stats[0], stats[1], eps, weight, bias, residual=residual, activation=activation, mask=mask, groups=groups
     )  # fmt: skip
     if running is not None:
-        running.update(found)
+        running.update(found.pooled())
     return y, stats
 
 

@@ -12,16 +12,17 @@ Do not call this in code that torch.compile traces, which cannot evaluate these 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from batchnorm.kernels.private import require_private
 
 require_private()
+_function_mode_stack: Callable[[], list[object]] = torch.overrides._get_current_function_mode_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_transform = torch._C._are_functorch_transforms_active
@@ -64,7 +65,7 @@ def why_not(**tensors: Tensor | None) -> str | None:
     if _dispatch_modes():
         return f"{type(torch.utils._python_dispatch._get_current_dispatch_mode()).__name__} is active"
     if _function_modes() and not _only_default_devices():
-        return f"{type(_get_current_function_mode_stack()[-1]).__name__} is active"
+        return f"{type(_function_mode_stack()[-1]).__name__} is active"
     name, t = next((name, t) for name, t in tensors.items() if not is_plain(t))
     assert t is not None
     if type(t) not in _PLAIN_TYPES:
@@ -78,4 +79,4 @@ def why_not(**tensors: Tensor | None) -> str | None:
 
 def _only_default_devices() -> bool:
     """True if the only active function modes are ``with torch.device(...)`` or ``torch.set_default_device``."""
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+    return all(type(mode) is torch.utils._device.DeviceContext for mode in _function_mode_stack())

@@ -40,6 +40,11 @@ class Seams(NamedTuple):
     correct: Correct | None = None
     groups: Groups | None = None
 
+    @property
+    def is_fused(self) -> bool:
+        """True if nothing happens between statistics and use: groups alone, or nothing at all."""
+        return self.reducer is None and self.correct is None
+
 
 PLAIN = Seams()
 

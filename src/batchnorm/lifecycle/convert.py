@@ -34,10 +34,10 @@ def convert(
 
     ``torch.nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm``, their lazy forms and ``FrozenBatchNorm2d`` as torchvision,
     detectron2 and transformers define it become ours. A layer changes its class and stays the same object, so
-    whatever holds it, an optimizer that holds its parameters, a handle of a hook, goes on working: parameters,
-    buffers, hooks, modes, options, parametrizations, attributes, names and their order are those of before, and
-    deepcopy and pickle go on working. A layer used in several places stays one layer. A model that is itself a
-    layer comes back as a new object with the same tensors and hooks. ``revert`` is the way back.
+    references to it, optimizers that hold its parameters and hook handles keep working. Parameters, buffers, hooks,
+    modes, frozen state, options, parametrizations, attributes, names and their order do not change, and deepcopy and
+    pickle keep working. A layer used in several places stays one layer. A model that is itself a layer is returned as
+    a new object with the same tensors and hooks. ``revert`` undoes it.
 
     Left as they are, with the reason in the report: subclasses of torch's layers with members of their own (as
     timm's ``BatchNormAct2d``), layers whose ``forward`` was replaced on the instance, layers with attributes

@@ -74,10 +74,10 @@ def recalibrate(
     order each rank normalizes by its own batch. If a rank fails, all ranks raise and none is changed.
 
     Works on the layers of this library, those of ``torch.nn``, ``SyncBatchNorm`` and subclasses, however their modules
-    reach them: ``lifecycle.recalibration.observe`` says how, and what remains unseen. A layer that is used several
-    times in a forward is shown every use.
-    ``num_batches_tracked`` becomes the number of uses. Frozen layers (``FrozenBatchNorm2d``) are left alone and
-    reported.
+    reach them: ``lifecycle.recalibration.observe`` says how, and what remains unseen. A layer used several times in a
+    forward is measured on every use. ``num_batches_tracked`` becomes the number of uses. Frozen layers
+    (``FrozenBatchNorm2d``, ``batchnorm.freeze``) are left alone and reported. Layers with domains are measured in the
+    domain in use, which ``forward`` must not change.
 
     With ``gap_batches``, the train/eval gap is measured on the first so many batches, before and after:
 
@@ -91,9 +91,8 @@ def recalibrate(
     Arguments:
         model: changed in place in its running statistics and counters alone
         batches: tensors, or mappings of the model's keyword arguments, or tuples and lists whose first element
-            is the input: a tensor, such a mapping, a tuple of positional arguments, or anything else as it is; with
-            ``forward``, anything. For sequential order they must be such that can be gone through again (a list, a
-            DataLoader)
+            is the input: a tensor, such a mapping, a tuple of positional arguments, or any other object, passed as it
+            is; with ``forward``, anything. Sequential order iterates over them several times (a list, a DataLoader)
         estimator, order: see above
         forward: called as ``forward(model, batch)`` instead, for example to move the batch to a device. An
             exception may end it early, see above
@@ -145,7 +144,7 @@ def recalibrate(
         _write(layers, found.populations)
         return report
     except BaseException:  # Ctrl-C as well: nothing is left half-changed, and it goes on up
-        # Once more: what was interrupted may have been this very call.
+        # Again: the interrupt may have come inside that call.
         observation.end()
         for each in written:
             each.undo()
@@ -229,7 +228,7 @@ def _measure(
 def _length(batches: Iterable[Any]) -> int | None:
     try:
         return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a loader over a data set that does not know its own
+    except TypeError:  # a loader over a data set without a length
         return None
 
 

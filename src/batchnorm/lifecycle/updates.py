@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm
 from batchnorm.nn.domains import buffers_of
 from batchnorm.nn.followers import followers
-from batchnorm.nn.running import Accumulated, Destination, Stage
+from batchnorm.nn.running import Accumulated, Deferred, Destination, Join, Stage
 
 Place = tuple[BatchNorm, str | None]
 """A layer and one of its domains; None where it has no domains."""
@@ -34,8 +34,7 @@ class DeferredUpdates:
         self._stepped: dict[int, list[Tensor | None]] = {id(optimizer): [] for optimizer in optimizers}
         self._hooks: list[Any] = []
         self._staging: Staging | None = None
-        self._before: dict[Place, Destination] = {}
-        self._copies: dict[Place, Destination] = {}
+        self._deferred: dict[Place, Deferred] = {}
         self._state = "not begun"
 
     def __enter__(self) -> DeferredUpdates:
@@ -43,12 +42,11 @@ class DeferredUpdates:
             todo = "Call defer_updates again for the next step."
             raise StateError(expected("defer_updates", "a block that is entered once", f"one {self._state}", todo))
         self._staging = staging = Staging("defer_updates", self._layers.values())
-        self._copies = {place: target.copy() for place, target in staging.targets.items()}
-        self._before = {place: target.copy() for place, target in staging.targets.items()}
+        self._deferred = {place: Deferred(target) for place, target in staging.targets.items()}
         try:
             for optimizer in self._optimizers:
                 self._hooks.append(optimizer.register_step_post_hook(self._on_step))
-            staging.begin(self._copies)
+            staging.begin(self._deferred)
         except BaseException:
             self._remove_hooks()
             staging.end()
@@ -94,16 +92,13 @@ class DeferredUpdates:
         self._check_open("commit")
         assert self._staging is not None
         self._staging.check_targets("commit")
-        targets = self._staging.targets
-        changed = [targets[place].differs_from(before) for place, before in self._before.items()]  # type: ignore[arg-type]
-        if changed and bool(torch.stack([t.to(changed[0].device) for t in changed]).any()):
+        used = {place: each for place, each in self._deferred.items() if each.used}
+        outdated = [each.is_outdated() for each in used.values()]
+        if outdated and bool(torch.stack([t.to(outdated[0].device) for t in outdated]).any()):
             todo = "Discard them, or let the block be the only thing that changes the statistics."
             raise StateError(expected("commit", "statistics as they were when the block began", "others", todo))
-        self._staging.write(lambda place, target: target.assign(self._copies[place]))  # type: ignore[arg-type]
-        for place, copy in self._copies.items():
-            self._before[place].assign(copy)  # type: ignore[arg-type]
-        if self._state == "pending":
-            self._drop("committed already")
+        self._staging.write(lambda place, _: used[place].commit() if place in used else None)
+        self._begin_again()
 
     def discard(self) -> None:
         """Forget the updates so far. In the block later batches begin again from the statistics as they are.
@@ -112,17 +107,18 @@ class DeferredUpdates:
             StateError: there is nothing to discard any more
         """
         self._check_open("discard")
-        assert self._staging is not None
+        self._begin_again("discarded already")
+
+    def _begin_again(self, state: str = "committed already") -> None:
+        """In the block the next batch begins from the statistics as they are; after it nothing is left."""
+        for each in self._deferred.values():
+            each.used = False
         if self._state == "pending":
-            self._drop("discarded already")
-            return
-        for place, target in self._staging.targets.items():
-            self._before[place].assign(target)  # type: ignore[arg-type]
-            self._copies[place].assign(target)  # type: ignore[arg-type]
+            self._drop(state)
 
     def _drop(self, state: str) -> None:
         self._state = state
-        self._copies, self._before = {}, {}
+        self._deferred = {}
 
     def _check_open(self, function: str) -> None:
         if self._state not in ("open", "pending"):
@@ -253,10 +249,10 @@ class Staging:
             outer = self._before[layer]
             self.targets[layer, domain] = buffers if outer is None else outer.slots[domain]
 
-    def begin(self, destinations: Mapping[Place, Destination]) -> None:
+    def begin(self, destinations: Mapping[Place, Destination], join: Join | None = None) -> None:
         for layer in self._before:
             slots = {domain: to for (of, domain), to in destinations.items() if of is layer}
-            self._stages[layer] = layer.__dict__["_staged"] = Stage(slots)
+            self._stages[layer] = layer.__dict__["_staged"] = Stage(slots, join)
 
     def end(self) -> None:
         """The destinations of before; may be called again."""

@@ -26,7 +26,7 @@ from batchnorm.nn.foreign import Absent
 from batchnorm.nn.frozen import has_frozen_statistics
 from batchnorm.nn.options import check_options
 from batchnorm.nn.renorm import Renorm, fill_in_steps, place_steps, steps_of
-from batchnorm.nn.running import Accumulated, Guarded, Stage, at_least_float32, destination
+from batchnorm.nn.running import Accumulated, Guarded, Stage, Whole, at_least_float32, destination
 
 if TYPE_CHECKING:
     from batchnorm.nn.distributed import GroupLike
@@ -84,14 +84,15 @@ class BatchNorm(_BatchNorm):
             moments of all groups: they are those of the layer without virtual batches
         renorm: ``batchnorm.Renorm``, batch renormalization
 
-    Running statistics stay float32 when the model is cast to half precision. A batch without values
-    changes nothing, not even the counter.
+    Running statistics stay float32 when the model is cast to half precision. An empty batch changes nothing, not
+    even the counter. A forward inside a backward pass does not move them: it is taken for the second run of an
+    activation checkpoint. docs/when_statistics_move.md says how to defer, accumulate or freeze them.
 
-    Tools that read a layer's attributes and build another one from them know torch's arguments only.
+    Tools that build another layer from a layer's attributes know torch's arguments only.
     ``SyncBatchNorm.convert_sync_batchnorm`` raises if there are extras (``batchnorm.convert`` with a process group
     keeps them).
-    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` cannot be told: there an ``activation``
-    and the other extras are lost without a word. Use ``batchnorm.fold``, or layers without extras.
+    ``torch.nn.utils.fuse_conv_bn_eval`` and ``torch.utils.mkldnn.to_mkldnn`` give us no way to raise: they drop an
+    ``activation`` and the other extras silently. Use ``batchnorm.fold``, or layers without extras.
 
     Shape:
         input (N, C, ...) and output alike; the dtype is kept, and so is the channels_last memory format
@@ -239,13 +240,17 @@ class BatchNorm(_BatchNorm):
         training, eps = self.training, self.eps
         by_batch = training or (mean is None and var is None)
         followed = training and self.track_running_stats
-        over = None
+        ranks = None
         if self._ranks is not None and training:
-            if torch.compiler.is_compiling():
-                # Made here: importing the compiler takes seconds.
+            if self.too_few == "running" and torch.compiler.is_compiling():
+                # Decided by a value, so the layer runs between two graphs. Imported here, since that takes seconds.
                 y: Tensor = torch.compiler.disable(self._normalize)(input, residual, mask, sample_weight)
                 return y
-            over = exchange(self, self._ranks, input, mask, sample_weight)
+            ranks = exchange(self, self._ranks, input, mask, sample_weight)
+        over: Whole | None = ranks
+        stage: Stage | None = self._staged
+        if stage is not None and stage.join is not None and by_batch:
+            over = stage.join(self, input, ranks)
         whole = over is None
         name = type(self).__name__
         careful = by_batch and whole and self.too_few == "running" and mean is not None
@@ -286,7 +291,7 @@ class BatchNorm(_BatchNorm):
                 raise
             population = Population(mean, var)
             return functional.run(input, weight, bias, eps, population, self._activation, residual, places)
-        if steps is not None and (over is None or not over.empty):
+        if steps is not None and (ranks is None or not ranks.empty):
             steps.add_(1)
         return y
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, AutogradError, ExchangeError, expected
 from batchnorm.functional import Batch, Sink
-from batchnorm.kernels.contract import Running
+from batchnorm.kernels.contract import Running, enough
 from batchnorm.moments import Moments, merge_stacked
 from batchnorm.nn.naming import described
 
@@ -150,6 +150,8 @@ class Wire:
 
     def gather(self, local: Tensor) -> Tensor:
         """``local`` of every rank, stacked in the order of the ranks; differentiable any number of times."""
+        if torch.compiler.is_compiling():
+            return _traced_gather(local, self.group)
         graph = torch.is_grad_enabled() and local.requires_grad
         if graph or torch._C._are_functorch_transforms_active():
             result: Tensor = _apply_gather(local, self)
@@ -215,8 +217,8 @@ class Exchange:
         """The moments of the values on all ranks; differentiable any number of times.
 
         2·channels + 1 values from each rank. Where some rank's counts differ by channel, an exchange of the counts
-        follows: on all ranks, since each sees the mark. (On a GPU a look waits for the GPU, so only a rank with such
-        counts looks. There, give a mask by channel on every rank or on none.)
+        follows: on all ranks, since each sees the mark. (On a GPU a look waits for the GPU, and under a compiler it
+        ends the graph, so there only the rank's own mask decides: give one by channel on every rank or on none.)
 
         Raises:
             TooFewAcrossRanks: one value a channel on all ranks together; raised on every rank
@@ -226,12 +228,18 @@ class Exchange:
         count = torch.full_like(local.mean[:1], PER_CHANNEL) if self._per_channel else local.count[:1]
         parts = wire.gather(torch.cat((count, local.mean, local.m2)))
         counts = parts[:, :1].expand(-1, channels)
-        if (self._per_channel or not parts.is_cuda) and bool((parts.detach()[:, 0] < 0).any()):
+        if self._counts_differ(parts.detach()[:, 0]):
             counts = wire.gather(local.count)
         whole = merge_stacked(counts, parts[:, 1 : channels + 1], parts[:, channels + 1 :])
-        if self._look:
+        if self._look and not torch.compiler.is_compiling():
             self._judge(whole.count.detach())
         return whole
+
+    def _counts_differ(self, counts: Tensor) -> bool:
+        """Whether some rank has counts by channel, as far as this rank can know without waiting."""
+        if torch.compiler.is_compiling() or (counts.is_cuda and not self._per_channel):
+            return self._per_channel
+        return bool((counts < 0).any())
 
     def sums(self, local: Tensor) -> Tensor:
         """The sums over all ranks.
@@ -260,7 +268,10 @@ class Exchange:
 
 
 class UnlessEmpty:
-    """A sink that a batch without values on any rank does not reach: such a batch changes nothing."""
+    """A sink that a batch without values on any rank does not reach: such a batch changes nothing.
+
+    Under a compiler no value is looked at, and a batch of one value a channel on all ranks changes nothing either.
+    """
 
     def __init__(self, exchange: Exchange, sink: Running | Sink) -> None:
         self._exchange = exchange
@@ -271,7 +282,9 @@ class UnlessEmpty:
         return self._sink if isinstance(self._sink, Running) else self._sink.running
 
     def take(self, found: Moments, where: Tensor | None = None) -> None:
-        if self._exchange.empty:
+        if torch.compiler.is_compiling():
+            where = enough(found) if where is None else enough(found) & where
+        elif self._exchange.empty:
             return
         if isinstance(self._sink, Running):
             self._sink.update(found, where)
@@ -297,6 +310,16 @@ def wire_of(function: str, process_group: GroupLike) -> Wire | None:
     ranks = Ranks.of(function, process_group)
     group = None if ranks is None else ranks.group(lambda: function)
     return None if ranks is None or group is None else Wire(ranks, group, lambda: function)
+
+
+def _traced_gather(local: Tensor, group: ProcessGroup) -> Tensor:
+    """``Wire.gather`` in operations that torch.compile records: functional collectives, differentiable."""
+    from torch.distributed import _functional_collectives as collectives
+
+    # Renamed in torch 2.13, where the old name warns.
+    gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+    result: Tensor = gather(local, 0, group)
+    return result.view(-1, local.shape[0])
 
 
 class _Gather(torch.autograd.Function):

@@ -1,8 +1,8 @@
-"""What tools of PyTorch that cannot handle a layer of ours are told, where they would fail obscurely or lose something.
+"""Clear errors for PyTorch tools that cannot handle our layers, and would otherwise fail obscurely or drop something.
 
-``SyncBatchNorm.convert_sync_batchnorm`` copies the arguments that it knows, and drops our extras. ``fuse_modules`` of
-torch.ao.quantization looks for exact types, and does not find ours. Neither can be asked to look closer. But each asks
-the layer for an attribute that may be absent, and the answer can be an error with words to it.
+``SyncBatchNorm.convert_sync_batchnorm`` copies the arguments that it knows and drops our extras. ``fuse_modules`` of
+torch.ao.quantization looks for exact types and does not find ours. Neither has a hook. But each reads an attribute that
+the layer may lack, and that read can raise an error with a clear message.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ SYNC = ("torch.nn.modules.batchnorm", "convert_sync_batchnorm")
 FUSE = ("torch.ao.quantization.fuse_modules", "fuse_known_modules")
 
 FRAMES = 4
-"""How far up the stack the tool may stand: ``fuse_known_modules`` asks through two functions and a generator."""
+"""How many stack frames to search for the tool: ``fuse_known_modules`` reads through two functions and a generator."""
 
 
 class Absent:
-    """An attribute that a layer does not have, and by which it learns who asks.
+    """An attribute that a layer does not have. It detects which tool reads it.
 
-    Everyone but the two tools gets an AttributeError, as for any attribute that is absent. Not a data descriptor: an
-    attribute of that name on the instance is found first, and a submodule of that name after it.
+    Every other reader gets an AttributeError, as for any missing attribute. Not a data descriptor, so an attribute of
+    that name on the instance comes first, and a submodule of that name after it.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -52,7 +52,7 @@ class Absent:
 
 
 def _callers() -> set[tuple[str, str]]:
-    """Module and function of those who called for the attribute."""
+    """Module and function of each caller."""
     found = set()
     frame = sys._getframe(2)
     for _ in range(FRAMES):

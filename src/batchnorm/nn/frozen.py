@@ -29,8 +29,8 @@ class Frozen:
 class StaysInEval:
     """The ``train`` of a layer with frozen statistics: an attribute of its own, before that of its class.
 
-    The mode is remembered, the layer itself stays in eval mode. So everything that looks at ``layer.training`` sees
-    what the layer does, whatever its class, and the forward needs to know nothing of freezing.
+    It remembers the requested mode, and the layer stays in eval mode. So ``layer.training`` always tells what the layer
+    does, for any class, and no forward has to know about freezing.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -58,7 +58,7 @@ class FrozenBatchNorm2d(nn.Module):
         y = f\Big(\frac{x - \text{running\_mean}}{\sqrt{\text{running\_var} + \epsilon}}\,\gamma + \beta + r\Big)
 
     with the state of ``torchvision.ops.FrozenBatchNorm2d`` and its namesakes in detectron2 and transformers: four
-    buffers of shape (C,), no parameter and no counter. A counter in a state dict is passed over, as there.
+    buffers of shape (C,), no parameters and no counter. A counter in a state dict is ignored, as there.
 
     Arguments:
         num_features: channels C of an input of shape (N, C, H, W)

@@ -13,7 +13,7 @@ from batchnorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
 class _Lazy(_LazyNormBase):
-    """torch's lazy layers with our extras; what becomes of them is ``cls_to_become``."""
+    """torch's lazy layers with our extras; they turn into ``cls_to_become``."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class _Lazy(_LazyNormBase):
         bias: bool = True,
         **extras: Any,
     ) -> None:
-        # Not _LazyNormBase.__init__, which knows no extras. No channel yet, so nothing is allocated.
+        # Not _LazyNormBase.__init__, which does not accept extras. No channels yet, so nothing is allocated.
         LazyModuleMixin.__init__(
             self, 0, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, **extras
         )

@@ -95,7 +95,7 @@ class BatchNormLinear(nn.Module):
             return y
 
     def _normalized(self, samples: Tensor, inference: bool | None) -> Tensor:
-        """The norm called as a module, so that hooks and whatever took its place run; in the mode asked for."""
+        """Call the norm as a module, so that its hooks run, in the requested mode."""
         norm = self.norm
         before = norm.training
         y: Tensor
@@ -111,9 +111,10 @@ class BatchNormLinear(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
-        """The one ``nn.Linear`` that inference comes down to: W·diag(a) and b + W·(β − E[x]·a), a = γ/√(Var[x] + ε).
+        """The single ``nn.Linear`` that equals this block in eval mode.
 
-        Computed in float64 and rounded once. The layer itself is not changed.
+        Its weight is W·diag(a) and its bias b + W·(β − E[x]·a), with a = γ/√(Var[x] + ε). Computed in float64 and
+        rounded once. The layer itself is not changed.
 
         >>> import torch
         >>> layer = BatchNormLinear(6, 3).eval()

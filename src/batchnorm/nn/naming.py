@@ -8,7 +8,7 @@ from torch import nn
 
 
 def path_of(module: nn.Module) -> str:
-    """``layer1.0.bn2`` and the like, found by looking for the modules that hold this one; "" where none does.
+    """``layer1.0.bn2`` and the like, found by searching for the modules that contain this one; "" if none does.
 
     Looks through every live object, so only messages use it.
     """

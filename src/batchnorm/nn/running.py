@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.checks import finite_channels, nonfinite_channels, raise_nonfinite
-from batchnorm.errors import AutogradError, expected
+from batchnorm.errors import AutogradError, StateError, expected
+from batchnorm.functional import Batch
 from batchnorm.kernels import plain
 from batchnorm.kernels.contract import Running, enough
 from batchnorm.moments import Moments
@@ -22,9 +24,8 @@ def following(
 ) -> Running | None:
     """The running statistics with the weight that the next batch gets; None where there are none to update.
 
-    Exponential with a momentum: the weight is the momentum. Cumulative with ``momentum=None``: the k-th batch
-    has weight 1/k, so that all count alike. Without a counter nothing can be cumulated and the weight is 0, as
-    in torch.
+    With a momentum, that is the weight (an exponential average). With ``momentum=None`` the k-th batch has weight 1/k,
+    so that all batches count equally (a cumulative average). Without a counter the weight is then 0, as in torch.
     """
     if mean is None or var is None:
         return None
@@ -37,6 +38,12 @@ def following(
         return Running(mean, var, 1.0 / (batches + 1).to(mean.dtype), batches)
     return Running(mean, var, 1.0 / (int(batches) + 1), batches)
 
+
+if TYPE_CHECKING:
+    from batchnorm.nn.distributed import Exchange
+
+_graph_task = torch._C._current_graph_task_id
+_is_tracing = torch.compiler.is_dynamo_compiling
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -133,19 +140,83 @@ class Accumulated:
         return self._count, self._mean, self._m2
 
 
-Destination = Buffers | Accumulated
+class Deferred:
+    """A copy of another destination, to which batches go until it is committed.
+
+    It is brought up to date at the first batch, as buffers may have changed by then: DistributedDataParallel sends
+    those of the first rank to the others in front of each forward.
+    """
+
+    def __init__(self, target: Destination) -> None:
+        self._target = target
+        self._before, self._values = target.copy(), target.copy()
+        self.used = False
+        """Whether a batch has come since the beginning, or since the last commit."""
+
+    def sink(self, momentum: float | None) -> Running | Accumulated:
+        """What the next batch is written to."""
+        self._begin()
+        return self._values.sink(momentum)
+
+    def _begin(self) -> None:
+        if self.used:
+            return
+        target = self._target
+        if isinstance(target, Deferred):
+            target._begin()
+            target = target._values
+        self._before.assign(target)  # type: ignore[arg-type]
+        self._values.assign(target)  # type: ignore[arg-type]
+        self.used = True
+
+    def is_outdated(self) -> Tensor:
+        """A bool of shape (): whether the target is no longer what the copy was made from."""
+        return self._target.differs_from(self._before)  # type: ignore[arg-type]
+
+    def commit(self) -> None:
+        """Write the values to the target."""
+        self._target.assign(self._values)  # type: ignore[arg-type]
+
+    def copy(self) -> Buffers | Accumulated:
+        """The same values in tensors of their own."""
+        return self._values.copy()
+
+    def assign(self, values: Buffers | Accumulated) -> None:
+        """Take over the values of a copy."""
+        self._values.assign(values)  # type: ignore[arg-type]
+
+    def differs_from(self, values: Buffers | Accumulated) -> Tensor:
+        """A bool of shape (): whether any value is another, NaN being equal to NaN."""
+        return self._values.differs_from(values)  # type: ignore[arg-type]
+
+
+Destination = Buffers | Accumulated | Deferred
 """What a layer's batches go to. ``copy`` gives another one, ``assign`` takes a copy's values over."""
 
 
-class Stage:
-    """What stands between a layer and its buffers inside a block: a destination for each set of statistics.
+class Whole(Protocol):
+    """A batch of which one forward sees only a part."""
 
-    It lives on the layer as ``_staged``. A copy of the layer that is made inside the block is not part of the block:
-    there ``_staged`` is None.
+    def seen_by(self, statistics: Batch) -> Batch:
+        """The statistics of a training forward, taken over the whole batch."""
+
+
+Join = Callable[[Any, Tensor, "Exchange | None"], Whole]
+"""From a layer, its input and what joins it with other ranks to the batch that the input is a part of."""
+
+
+class Stage:
+    """Where a layer's batches go inside a block: a destination for each set of statistics.
+
+    With ``join``, each input is part of a larger batch and is normalized by the statistics of that batch.
+
+    It is the layer's ``_staged``. A copy of the layer made inside the block does not belong to the block: its
+    ``_staged`` is None.
     """
 
-    def __init__(self, slots: dict[str | None, Destination]) -> None:
+    def __init__(self, slots: dict[str | None, Destination], join: Join | None = None) -> None:
         self.slots = slots
+        self.join = join
 
     def __deepcopy__(self, memo: object) -> None:
         return None
@@ -157,33 +228,42 @@ class Stage:
 def destination(
     layer: Any, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
 ) -> Running | Accumulated | None:
-    """Where the moments of the layer's next batch go; None where they go nowhere.
+    """Where the moments of the layer's next batch go; None if nowhere.
 
-    Nowhere in a backward: a forward that runs there is the recomputation of an activation checkpoint, and its batch
-    was counted the first time. ``torch.compile`` recomputes what it checkpoints without this function.
+    Nowhere inside a backward pass: a forward there is the second run of an activation checkpoint, and its batch was
+    counted in the first. ``torch.compile`` decides it at run time, see ``operators.train``.
     """
-    if not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1:
-        return _recomputed(mean, var, layer.momentum, batches)
+    # Each look-up counts here, as in all that a forward of a small batch goes through.
+    if not _is_tracing() and _graph_task() != -1:
+        return _recomputed(layer, mean, var, batches)
     stage: Stage | None = layer._staged
     if stage is None:
-        return following(mean, var, layer.momentum, batches)
+        momentum = layer.momentum
+        if momentum is None or mean is None or var is None:
+            return following(mean, var, momentum, batches)
+        return Running(mean, var, momentum, batches)
     slot = stage.slots.get(layer._domain)
     return None if slot is None else slot.sink(layer.momentum)
 
 
-def _recomputed(
-    mean: Tensor | None, var: Tensor | None, momentum: float | None, batches: Tensor | None
-) -> Running | None:
-    """None, or under a dispatch mode statistics that nobody reads.
+def _recomputed(layer: Any, mean: Tensor | None, var: Tensor | None, batches: Tensor | None) -> Running | None:
+    """None, or under a dispatch mode statistics that are thrown away.
 
-    Selective checkpointing counts the operations of the first forward and gives back their results by number: there
-    the same operations have to run again.
+    Selective checkpointing numbers the operations of the first forward and replays their results by number, so the
+    same operations have to run again.
+
+    Raises:
+        StateError: the layer renormalizes by running statistics, which the first forward has moved
     """
+    if layer._renorm is not None and not layer._renorm.is_plain and layer._staged is None:
+        invariant = "the running statistics of the first forward, for renorm in an activation checkpoint"
+        got, todo = "later ones", "Run forward and backward inside `with defer_updates(model):`, and commit after it."
+        raise StateError(expected(described(layer), invariant, got, todo))
     if mean is None or var is None or not torch._C._len_torch_dispatch_stack():
         return None
     with _disable_current_modes():
         mean, var, batches = mean.clone(), var.clone(), None if batches is None else batches.clone()
-    return following(mean, var, momentum, batches)
+    return following(mean, var, layer.momentum, batches)
 
 
 @dataclass(frozen=True)

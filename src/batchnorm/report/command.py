@@ -1,8 +1,8 @@
-"""What every command shares: streams that take whatever is printed, signals that let it finish, and exit codes.
+"""Shared by every command: output streams that never raise, signals as interruptions, and exit codes.
 
-A run of hours must not be lost because a terminal has no sign for "−", because ``head`` has read enough, or because
-the disk behind standard output is full. While ``run`` is at work, standard output and standard error therefore never
-raise: signs that a stream cannot hold are replaced by ASCII, and what cannot be written is dropped.
+A run of several hours must not be lost because the terminal's encoding lacks "−", because ``head`` has closed the
+pipe, or because the disk behind standard output is full. Inside ``run``, standard output and standard error therefore
+never raise: characters that a stream cannot encode are replaced by ASCII, and output that cannot be written is dropped.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ INTERRUPTED = 130  # as a shell counts Ctrl-C
 _SIGNALLED = 128  # a shell adds the signal's number
 
 ERRORS = "batchnorm.ascii"
-"""Name of the error handler that ``ascii_for`` is, for ``str.encode`` and for streams."""
+"""The name under which ``ascii_for`` is registered as an error handler of encodings."""
 
-# What Unicode's own decompositions do not give.
+# ASCII for characters that Unicode does not decompose.
 _EQUIVALENTS = str.maketrans(
     {
         "−": "-", "–": "-", "—": "-", "×": "x", "÷": "/", "±": "+-", "·": ".", "→": "->", "…": "...", "‘": "'",
@@ -39,18 +39,18 @@ _EQUIVALENTS = str.maketrans(
 
 
 def run(name: str, command: Callable[[], int]) -> int:
-    """The exit code of ``command``, whatever becomes of the streams that it prints to.
+    """Run ``command`` and return its exit code, even if the streams that it prints to fail.
 
-    SIGTERM and SIGHUP come to ``command`` as Ctrl-C does, as a ``KeyboardInterrupt``, so that it can keep what it
-    has. Where standard output fails otherwise than by its reader's leaving, one line on standard error says so.
+    SIGTERM and SIGHUP raise ``KeyboardInterrupt`` in ``command``, as Ctrl-C does, so that it can save its results. If
+    standard output fails, other than by a closed pipe, one line on standard error says so.
 
     Args:
         name: of the program, for that line.
         command: prints to ``sys.stdout`` and ``sys.stderr``, and may end with ``SystemExit``.
 
     Returns:
-        Its code, but ``FAILED`` where that is ``SUCCESS`` and its output could not be written, and 128 and the
-        signal's number where a signal ended it.
+        The command's code; ``FAILED`` if that is ``SUCCESS`` but the output could not be written; 128 plus the number
+        of the signal if a signal ended it.
     """
     with _lenient_streams() as failure_of_output, _signals_as_interruptions() as received:
         try:
@@ -67,7 +67,7 @@ def run(name: str, command: Callable[[], int]) -> int:
 def ascii_for(error: UnicodeError) -> tuple[str | bytes, int]:
     """The nearest ASCII to a character that an encoding lacks; for ``codecs.register_error``.
 
-    A byte of a file's name that was no text is given back as the byte that it was.
+    A byte of a file name that could not be decoded is written as the original byte.
 
     >>> "3×2 − 1 ± 0.5 é ☃".encode("ascii", ERRORS)
     b'3x2 - 1 +- 0.5 e ?'
@@ -85,7 +85,7 @@ codecs.register_error(ERRORS, ascii_for)
 
 
 class _Outlet(io.RawIOBase):
-    """Passes bytes on until that fails once, and takes and drops them from then on."""
+    """Passes bytes on. After the first failure it accepts and drops them."""
 
     def __init__(self, target: io.RawIOBase) -> None:
         self._target = target
@@ -97,7 +97,7 @@ class _Outlet(io.RawIOBase):
     def write(self, data: Any) -> int:
         if self.failure is None:
             try:
-                while (written := self._target.write(data)) is None:  # a pipe that does not block, and is full
+                while (written := self._target.write(data)) is None:  # a full pipe in non-blocking mode
                     select.select([], [self._target], [])
                 return written
             except OSError as error:
@@ -113,7 +113,7 @@ class _Outlet(io.RawIOBase):
 
 @contextmanager
 def _lenient_streams() -> Iterator[Callable[[], OSError | None]]:
-    """Standard output and error never raise; gives what tells why output was lost, if by more than a closed pipe."""
+    """Make standard output and error never raise. Yields a function: why output was lost, None for a closed pipe."""
     before = sys.stdout, sys.stderr
     sys.stdout, outlet = _lenient(sys.stdout)
     sys.stderr, _ = _lenient(sys.stderr)
@@ -133,15 +133,15 @@ def _lenient_streams() -> Iterator[Callable[[], OSError | None]]:
 
 
 def _lenient(stream: TextIO | None) -> tuple[TextIO, _Outlet | None]:
-    """A stream in the place of one of Python's. One that is in memory only needs none."""
-    if stream is None:  # closed before we began; what is opened must not take its descriptor
+    """A stream that replaces one of Python's. A stream in memory is returned as it is."""
+    if stream is None:  # closed before the start; a file opened later must not take its descriptor
         return open(os.devnull, "w", encoding="utf-8"), None
     buffer = getattr(stream, "buffer", None)
     if buffer is None:
         return stream, None
     with suppress(OSError):
         stream.flush()
-    # Past the stream's own buffer, which would try again, and fail, as the process ends.
+    # Bypass the stream's own buffer, which would try to write again at exit, and fail.
     outlet = _Outlet(getattr(buffer, "raw", buffer))
     return (
         io.TextIOWrapper(
@@ -156,9 +156,9 @@ def _lenient(stream: TextIO | None) -> tuple[TextIO, _Outlet | None]:
 
 @contextmanager
 def _signals_as_interruptions() -> Iterator[list[int]]:
-    """Raise ``KeyboardInterrupt`` at SIGTERM and SIGHUP, unless they are ignored; gives the numbers of those that came.
+    """Raise ``KeyboardInterrupt`` at SIGTERM and SIGHUP, unless they are ignored. Yields the signals received.
 
-    In Python only the main thread can; from another, nothing is changed.
+    Python allows this in the main thread only; in other threads nothing is changed.
     """
     received: list[int] = []
 

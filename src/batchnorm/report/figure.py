@@ -39,8 +39,8 @@ def figure_1(metrics: Metrics) -> dict[Literal["png", "svg"], bytes]:
     (b, c) The 15th, 50th and 85th percentile of the input to a typical sigmoid of the last hidden layer, without
     and with batch normalization, of the first seed and on one scale.
 
-    The steps are on a logarithmic axis: on the paper's linear one, all that the normalized network does lies within
-    the width of the axis itself.
+    The axis of the steps is logarithmic. On the paper's linear axis, the whole training of the normalized network would
+    fit in the width of the axis line.
     """
     with rc_context(STYLE):
         figure = new_figure(_WIDTH, _HEIGHT)
@@ -62,7 +62,7 @@ def figure_1(metrics: Metrics) -> dict[Literal["png", "svg"], bytes]:
 
 def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
     runs = metrics["runs"]
-    # A run that was cut short is as long as it is: the mean goes as far as all of them do.
+    # An interrupted run is shorter: the mean ends where the shortest run does.
     length = min(len(run["steps"]) for run in runs)
     steps = runs[0]["steps"][:length]
     best = metrics["summary"]["plain_best"]["mean"]
@@ -80,7 +80,8 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
             )
         steps_of_runs = [step for step in reaching if step is not None]
         if len(steps_of_runs) == len(runs):
-            reached = round(fmean(steps_of_runs))  # as in the table, which a mean curve would contradict
+            # The number in the table. The mean curve crosses the line elsewhere.
+            reached = round(fmean(steps_of_runs))
             axes.plot([reached], [100 * best], "o", color=colour, markersize=4.5, zorder=3, clip_on=False)
             axes.annotate(
                 f"{reached:,}", (reached, 100 * best), (0, 8), textcoords="offset points", ha="center", color=colour
@@ -100,7 +101,7 @@ def _draw_percentiles(axes: Axes, steps: Sequence[int], network: Network, colour
 
 
 def _draw_legends(figure: Figure) -> None:
-    """Beneath the panels: the networks on the left; on the right the percentiles, in the grey of no network."""
+    """Below the panels: the networks on the left, the percentiles on the right in grey."""
     networks = [
         Line2D([], [], color=colour, linestyle=style, linewidth=1.6, label=label)
         for label, (colour, style) in _NETWORKS.items()

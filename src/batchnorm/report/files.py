@@ -53,7 +53,7 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
 
 
 def require_writable(folder: Path, names: Sequence[str]) -> None:
-    """Try whether files of these names can be written into ``folder``, before hours of work. Nothing is left behind.
+    """Check that files of these names can be written into ``folder``, before a long run. Leaves nothing behind.
 
     Raises:
         OSError: the folder cannot be made or written to, or a folder has one of the names.
@@ -75,14 +75,14 @@ def require_writable(folder: Path, names: Sequence[str]) -> None:
 
 
 def _place(path: Path) -> Path:
-    """Where a file of this path lies.
+    """The real path of the file, through symbolic links.
 
     Raises:
         OSError: a folder is there
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    # What a link such as /dev/stdout leads to has no path of its own.
+    # A link such as /dev/stdout leads to something without a path.
     follow = path.is_symlink() and (path.is_file() or not path.exists())
     return Path(os.path.realpath(path)) if follow else path
 
@@ -97,12 +97,12 @@ def _rename(staged: Mapping[Path, Path]) -> None:
             if temporary.exists():
                 temporary.replace(path)
     except KeyboardInterrupt:
-        _rename(staged)  # some new files among old ones are no result: it takes no time to finish
+        _rename(staged)  # finish: a mix of new and old files is no result, and renaming is quick
         raise
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder and those above it; gives the new ones, the deepest first."""
+    """Make a folder and its parents. Returns the new ones, the deepest first."""
     missing = []
     place = folder
     while not place.exists() and place != place.parent:
@@ -117,7 +117,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _unmake(folders: Sequence[Path]) -> None:
-    """Remove those that are empty."""
+    """Remove the empty ones."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -14,7 +14,7 @@ from batchnorm.report.table import headline, tables
 
 
 def page(metrics: Metrics, figure_svg: bytes) -> str:
-    """The report of section 4.1 as HTML, the figure inside it.
+    """The report of section 4.1 as HTML, with the figure in it.
 
     Args:
         metrics: of the experiment.

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from batchnorm.report.metrics import Metrics, Spread, Steps
 
-# Below this the network without normalization has hardly begun to learn, and how soon it is overtaken says little.
+# Below this accuracy the network without normalization has hardly learned, and a ratio of steps means little.
 _LEARNED = 0.5
 
 STATISTICS_LABELS = {
@@ -99,7 +99,7 @@ def headline(metrics: Metrics) -> str:
         text += f"; with it that is reached in {runs - missed} of {runs} runs."
     else:
         text += f"; with it that is reached at step {_mean_steps(reached['normalized'])}"
-        # A best that came late by luck makes one ratio huge and their mean with it: the range says so.
+        # One best value that came late by chance makes one ratio and the mean huge, so the range is shown too.
         sooner = f"{min(ratios):.3g} to {max(ratios):.3g}" if len(ratios) > 1 else "".join(f"{r:.3g}" for r in ratios)
         text += f", {sooner} times sooner." if ratios else "."
     if summary["plain_best"]["mean"] < _LEARNED:

@@ -27,7 +27,7 @@ class Terminal:
     Args:
         results: usually standard output.
         complaints: usually standard error.
-        quiet: plain lines even on a terminal. One that is narrow, or cannot move its cursor, gets them anyway.
+        quiet: plain lines even on a terminal. A terminal that is narrow or cannot move its cursor always gets them.
     """
 
     def __init__(self, results: Console, complaints: Console, *, quiet: bool = False) -> None:
@@ -49,11 +49,11 @@ class Terminal:
         self.say(headline)
 
     def say(self, text: str) -> None:
-        """A line among the results, as it is: no markup, no wrapping."""
+        """Print a line among the results, without markup or wrapping."""
         self._results.print(Text(text), soft_wrap=True)
 
     def complain(self, text: str) -> None:
-        """A line among the complaints."""
+        """Print a line among the errors."""
         self._complaints.print(Text(text), soft_wrap=True)
 
     @contextmanager
@@ -89,7 +89,7 @@ class Terminal:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """In columns, or as lines where the console is too narrow for that."""
+    """Print it in columns, or as lines if the console is too narrow."""
     drawn = RichTable(title=Text(table.caption), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     for position, head in enumerate(table.heads):
         drawn.add_column(Text(head), justify="right" if position else "left", overflow="fold")

@@ -149,7 +149,7 @@ def forward(
     if groups is not None:
         return grouped.forward(
             x, weight, bias, eps, groups, residual=residual, activation=activation, mask=mask,
-            sample_weight=sample_weight,
+            sample_weight=sample_weight, running=running,
         )  # fmt: skip
     weight, bias, parameter = _parameters(weight, bias)
     running_mean = running_var = batches = None
@@ -186,7 +186,7 @@ def forward(
             )
         )
     if running_mean is not None and running_var is not None:
-        _changed(running_mean, running_var)
+        grouped.changed(running_mean, running_var)
     elif running is not None:
         running.update(moments_from(stats, count_of(x, mask, sample_weight)))
     return y, stats
@@ -361,14 +361,6 @@ def backward(
 
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _changed(mean: Tensor, var: Tensor) -> None:
-    """Tell autograd that they were written, by address, so that a graph that keeps them raises as it should."""
-    try:  # noqa: SIM105  (a context manager costs as much again)
-        torch._C._increment_version((mean, var))
-    except RuntimeError:  # inference tensors have no version, and no graph keeps them
-        pass
 
 
 class _Kept(threading.local):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from batchnorm.kernels import layout
 from batchnorm.kernels.activations import IDENTITY, Activation
-from batchnorm.kernels.contract import Groups, Needs
-from batchnorm.kernels.cpu import block, fan, plan, wide_range
+from batchnorm.kernels.contract import Groups, Needs, Running, group_counts
+from batchnorm.kernels.cpu import block, fan, plan, pooling, wide_range
+from batchnorm.kernels.cpu.compiling import Kernel
 from batchnorm.kernels.cpu.plan import Plan
 from batchnorm.kernels.cpu.threads import launch, threads_for
 from batchnorm.moments import Moments
@@ -98,6 +100,7 @@ def forward(
     activation: Activation,
     mask: Tensor | None,
     sample_weight: Tensor | None,
+    running: Running | None,
 ) -> tuple[Tensor, Tensor]:
     weight, bias, parameter = _parameters(weight, bias)
     masked = mask is not None or sample_weight is not None
@@ -116,6 +119,12 @@ def forward(
         parameter=parameter, mask=mask, sample_weight=sample_weight, eps=eps,
     )  # fmt: skip
     stats = raw.transpose(0, 1)
+    if running is not None:
+        counts = group_counts(x, mask, sample_weight, groups)
+        if pooling.follow(running, raw, counts):
+            changed(running.mean, running.var)
+        else:
+            running.update(Moments(counts, stats[0], stats[1] * counts).pooled())
     if far:
         y.copy_(
             wide_range.normalize(
@@ -260,6 +269,14 @@ def backward(
     return dx, total_weight, total_bias, passed_on if passed_on is not None else dresidual
 
 
+def changed(mean: Tensor, var: Tensor) -> None:
+    """Tell autograd that they were written, by address, so that a graph that keeps them raises as it should."""
+    try:  # noqa: SIM105  (a context manager costs as much again)
+        torch._C._increment_version((mean, var))
+    except RuntimeError:  # inference tensors have no version, and no graph keeps them
+        pass
+
+
 class _Operand(NamedTuple):
     """What a slot of the argument block points to, and the bytes from one sample and from one group to the next."""
 
@@ -328,48 +345,106 @@ def _run(
     count: float = 0.0,
 ) -> bool:
     """Launch, and return whether there were numbers too large for the vectors' arithmetic (``block``, slot FAR)."""
-    threads = threads_for(x.numel())
     # Held here until the kernels have returned.
     positions, weights = whole.positions(mask, torch.uint8), whole.positions(sample_weight, torch.float64)
     for slot, t in ((block.MASK, positions), (block.SAMPLE_WEIGHT, weights)):
-        operands.append(_samples(slot, None if t is None else t.view(x.shape[0], -1)))
-    stream = _pack_word(int(x.numel() * x.element_size() >= plan.STREAM_FROM))
+        if t is not None:
+            operands.append(_samples(slot, t.view(x.shape[0], -1)))
+    threads = threads_for(x.numel())
+    there = [operand for operand in operands if operand.address]
+    key = (
+        operation, groups, x.shape, x.stride(), x.dtype, written, activation.name, threads, count,
+        None if parameter is None else parameter.dtype, *((slot, *steps) for slot, _, *steps in there),
+    )  # fmt: skip
+    fans = _fans.get(key)
+    if fans is None:
+        if len(_fans) >= plan.KEPT:
+            _fans.clear()
+        masked = positions is not None or weights is not None
+        given = (dy, y, residual)
+        fans = _fans[key] = _make(operation, x, groups, there, given, written, activation, parameter, masked, count)
     told, told_address = plan.told()
-    first = 0
-    for run, part in groups.pieces(x.shape[0]):
-        size, number = part
-        shared = number > 1 and (number % threads == 0 or number >= UNEVEN * threads)
-        one = slice(run.start, run.start + size)
-        dy_one, y_one, residual_one = (None if t is None else t[one] for t in (dy, y, residual))
-        each = plan.find(
-            operation, x[one], dy_one, y_one, residual_one, written, activation, parameter,
-            masked=positions is not None or weights is not None, threads=1 if shared else threads,
-        )  # fmt: skip
-        what, steps = [0] * (block.EPS - block.HOW_SLOTS), array("q", bytes(8 * _LENGTH))
-        for slot, address, of_sample, of_group in operands:
-            if address:
-                what[slot - block.HOW_SLOTS] = address + run.start * of_sample + first * of_group
-                steps[slot] = size * of_sample + of_group
-        copies = threads if shared else number
-        scratch = torch.empty(each.scratch * copies, dtype=torch.float64, device=CPU) if each.scratch else None
-        if scratch is not None:
+    for each in fans:
+        what = [0] * (block.EPS - block.HOW_SLOTS)
+        for (slot, address, _, _), offset in zip(there, each.offsets, strict=True):
+            what[slot - block.HOW_SLOTS] = address + offset
+        scratch = None
+        if each.scratch:
+            scratch = torch.empty(each.scratch, dtype=torch.float64, device=CPU)
             what[block.SCRATCH - block.HOW_SLOTS] = scratch.data_ptr()
-            steps[block.SCRATCH] = 0 if shared else 8 * each.scratch
-        split = len(each.launches) > 1
-        counted = x.numel() / (x.shape[0] * x.shape[1]) * size if split and not count else count
-        packed = block.pack_what(*what, eps, 0.0, activation.negative_slope, counted) + told_address
+        packed = block.pack_what(*what, eps, 0.0, activation.negative_slope, each.values) + told_address
         for kernel, how in each.launches:
-            how = how[: 8 * block.STREAM] + stream + how[8 * block.STREAM + 8 :]
-            if number == 1:
+            if each.number == 1:
                 launch(kernel, how + packed, each.threads)
                 continue
             base = array("q", how + packed)
-            room = array("q", bytes(8 * _LENGTH * threads))
+            room = array("q", bytes(8 * _LENGTH * each.threads))
             fanned = fan.pack(
-                -1, threads, kernel.address or kernel.compile(), number, 0 if shared else 1, _LENGTH,
-                base.buffer_info()[0], steps.buffer_info()[0], room.buffer_info()[0], block.SCRATCH,
-                8 * each.scratch if shared else 0,
+                -1, each.threads, kernel.address or kernel.compile(), each.number, int(not each.of_thread_each),
+                _LENGTH, base.buffer_info()[0], each.steps.buffer_info()[0], room.buffer_info()[0], block.SCRATCH,
+                each.of_thread,
             )  # fmt: skip
-            launch(fan.EACH, fanned, threads if shared else each.threads)
-        first += number
+            launch(fan.EACH, fanned, each.threads)
     return told.value != 0
+
+
+class _Fan(NamedTuple):
+    """The launches for groups of one size, decided once."""
+
+    launches: tuple[tuple[Kernel, bytes], ...]  # each with the first half of its argument block
+    number: int  # of groups
+    threads: int
+    of_thread_each: bool  # whether a thread takes whole groups; else all threads work on each
+    offsets: tuple[int, ...]  # bytes from an operand's address to what the first of these groups reads
+    steps: array[int]  # what is added to each slot from one group to the next
+    scratch: int  # float64 values of working memory in all
+    of_thread: int  # bytes from a thread's working memory to the next one's
+    values: float  # COUNT
+
+
+_fans: dict[Hashable, tuple[_Fan, ...]] = {}
+
+
+def _make(
+    operation: str,
+    x: Tensor,
+    groups: Groups,
+    operands: list[_Operand],
+    given: tuple[Tensor | None, ...],
+    written: tuple[str, ...],
+    activation: Activation,
+    parameter: Tensor | None,
+    masked: bool,
+    count: float,
+) -> tuple[_Fan, ...]:
+    threads = threads_for(x.numel())
+    stream = _pack_word(int(x.numel() * x.element_size() >= plan.STREAM_FROM))
+    first, fans = 0, []
+    for run, (size, number) in groups.pieces(x.shape[0]):
+        alone = number > 1 and (number % threads == 0 or number >= UNEVEN * threads)
+        one = slice(run.start, run.start + size)
+        dy, y, residual = (None if t is None else t[one] for t in given)
+        each = plan.find(
+            operation, x[one], dy, y, residual, written, activation, parameter, masked=masked,
+            threads=1 if alone else threads,
+        )  # fmt: skip
+        steps = array("q", bytes(8 * _LENGTH))
+        for slot, _, of_sample, of_group in operands:
+            steps[slot] = size * of_sample + of_group
+        if not alone:
+            steps[block.SCRATCH] = 8 * each.scratch
+        at = 8 * block.STREAM
+        values = count
+        launches = tuple((kernel, how[:at] + stream + how[at + 8 :]) for kernel, how in each.launches)
+        if len(launches) > 1 and not count:
+            # Kernels in phases do not count for themselves.
+            values = x.numel() / (x.shape[0] * x.shape[1]) * size
+        fans.append(
+            _Fan(
+                launches, number, threads if alone else each.threads, alone,
+                tuple(run.start * of_sample + first * of_group for _, _, of_sample, of_group in operands), steps,
+                each.scratch * (threads if alone else number), 8 * each.scratch if alone else 0, values,
+            )
+        )  # fmt: skip
+        first += number
+    return tuple(fans)

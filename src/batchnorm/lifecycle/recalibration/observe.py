@@ -124,7 +124,7 @@ class Observation:
     def reporting(self, on_use: OnUse) -> Iterator[None]:
         """One forward, its uses told to ``on_use``; graphs compiled before are run as the Python they came from."""
         self._on_use, self._open = on_use, []
-        with torch.no_grad(), _without_compiled_graphs(), self._modes_of_torch([*self._stack, self._calls]):
+        with torch.no_grad(), without_compiled_graphs(), self._modes_of_torch([*self._stack, self._calls]):
             yield
 
     def _forward(self, name: str, layer: _BatchNorm, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,7 +291,7 @@ def _fits(layer: _BatchNorm, x: object) -> bool:
     return isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] == layer.num_features
 
 
-def _without_compiled_graphs() -> AbstractContextManager[object]:
+def without_compiled_graphs() -> AbstractContextManager[object]:
     """A compiled graph would run as it was recorded, past everything above. Without dynamo there is none."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.bench import resnet
 from batchnorm.bench.measure import Plan, Samples
 from batchnorm.errors import BatchNormError
+from benchmarks import resnet
 
 # Of torchvision's resnet50 with 1000 classes.
 PARAMETERS = 25_557_032
