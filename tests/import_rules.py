@@ -50,6 +50,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "typer": TOOLS,
     "jinja2": TOOLS,
     "sklearn": TOOLS,
+    "PIL": ("experiments/",),
     "torch.distributed": ("nn/distributed.py",),
 }
 

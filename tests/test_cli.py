@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 from batchnorm.__main__ import main
 from idx_files import write_idx_folder
+from image_files import write_image_folder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -110,6 +113,77 @@ def test_a_request_that_cannot_be_met(
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", f"batchnorm: {message}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option_of_inception(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(monkeypatch, "reproduce", "inception", "--help") == 0
+    text = capsys.readouterr().out
+    for option in (
+        "data",
+        "quick",
+        "steps",
+        "seeds",
+        "ensemble",
+        "sweep",
+        "width",
+        "size",
+        "scale",
+        "device",
+        "resume",
+    ):
+        assert f"--{option}" in text
+
+
+def test_options_before_inception_are_refused_and_not_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "reproduce", "--steps", "10", "inception") == 2
+    assert "steps before inception: its options go after its name." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "val" / "left" / "1.png").write_bytes(b"none"), "an image that Pillow can read in "),
+        (lambda folder: shutil.rmtree(folder / "train" / "left"), "at least 2 folders of classes in "),
+        (lambda folder: shutil.rmtree(folder / "val"), "a folder "),
+        (lambda folder: shutil.rmtree(folder), '"fashion-mnist", a folder with the four IDX files, or one with '),
+    ],
+)
+def test_images_of_no_use_to_inception(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    break_it: Callable[[Path], object],
+    message: str,
+) -> None:
+    folder, out = write_image_folder(tmp_path / "images"), tmp_path / "out"
+    break_it(folder)
+    assert run(monkeypatch, "reproduce", "inception", "--data", str(folder), "--out", str(out)) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"batchnorm: load: expected {message}")
+    assert printed.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_inception_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATCHNORM_BACKEND", "eager")
+    folder, out = write_image_folder(tmp_path / "images"), tmp_path / "out"
+    options = ["--steps", "1", "--seeds", "1", "--ensemble", "0", "--batch-size", "8", "--width", "0.02"]
+    options += ["--processes", "1", "--workers", "0", "--data", str(folder), "--out", str(out)]
+    assert run(monkeypatch, "reproduce", "inception", *options) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["complete"] is True
+    assert {path.suffix for path in out.iterdir()} == {".json", ".png", ".svg", ".html"}
+    assert printed.out.splitlines()[0] == (
+        f"{folder}: 36 training, 4 validation and 10 test images of 12×12, 2 classes; 1 steps, learning rate 0.02"
+    )
 
 
 @pytest.mark.parametrize("arguments", [("--steps", "many"), ("--unknown",), ("surplus",)])

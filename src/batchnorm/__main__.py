@@ -7,7 +7,7 @@ import sys
 from batchnorm.errors import BatchNormError
 from batchnorm.report.command import REFUSED, SUCCESS, run
 
-_TOOLS = ("typer", "rich", "matplotlib", "jinja2", "sklearn")
+_TOOLS = ("typer", "rich", "matplotlib", "jinja2", "sklearn", "PIL")
 
 
 def main() -> None:

@@ -58,10 +58,13 @@ class Moments:
     m2: Tensor
 
     def __post_init__(self) -> None:
-        shapes = [tuple(t.shape) for t in (self.count, self.mean, self.m2)]
-        if len(set(shapes)) != 1 or len(shapes[0]) not in (1, 2):
+        first = self.count.shape
+        if any(isinstance(n, Tensor) for n in first):
+            return  # under torch.jit.trace, which records comparisons of sizes
+        if not (len(first) in (1, 2) and self.mean.shape == first and self.m2.shape == first):
+            got = [tuple(t.shape) for t in (self.count, self.mean, self.m2)]
             todo = "Give one value a channel in each."
-            raise ArgumentError(expected("Moments", "three tensors of one shape (channels,)", shapes, todo))
+            raise ArgumentError(expected("Moments", "three tensors of one shape (channels,)", got, todo))
 
     @property
     def channels(self) -> int:

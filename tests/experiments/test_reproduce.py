@@ -245,6 +245,6 @@ def test_files_are_there_before_results_are_shown(
     spoken = Spoken()
     out = tmp_path / "out"
     found: list[set[str]] = []
-    monkeypatch.setattr(spoken.terminal, "show", lambda metrics: found.append(names(out)))
+    monkeypatch.setattr(spoken.terminal, "show", lambda tables, headline: found.append(names(out)))
     assert command.reproduce(Settings(steps=1), str(idx_folder), out, spoken.terminal) == 0
     assert found == [FILES]

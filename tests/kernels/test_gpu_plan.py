@@ -16,7 +16,7 @@ OPERATIONS = ("forward", "backward", "moments", "normalize", "sums", "input")
 # outer, channels, inner: networks' layers in both layouts, matrices, and extremes
 SIZES = (
     (64, 64, 3136), (64 * 3136, 64, 1), (256, 2048, 49), (256 * 49, 2048, 1), (60, 100, 1), (65536, 64, 1),
-    (6, 65536, 1), (1, 3, 1), (8, 3, 262144), (1, 1, 12345), (32, 37, 169), (2**33, 3, 1), (1, 2, 2**34),
+    (6, 65536, 1), (1, 3, 1), (8, 3, 262144), (1, 1, 12345), (32, 37, 169), (2**33, 3, 1), (1, 2, 2**34), (1024, 2**22, 1), (64, 3, 2**28),
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -44,6 +44,8 @@ def whole(problem: Problem, p: Plan) -> None:
     assert p.blocks == problem.groups * -(-problem.channels // p.c_block)
     assert p.parts <= 65535, "more than a grid's second dimension takes"
     assert 1 <= p.warps <= 16
+    furthest = (p.o_block - 1) * problem.channels * problem.inner + (p.c_block - 1) * problem.inner + p.i_block
+    assert furthest < 2**31, "an offset within a tile must fit into 32 bits"
     if p.fused:
         assert tiles == 1
 

@@ -366,6 +366,9 @@ def test_each_misuse_has_its_message() -> None:
             "statistics of the whole batch, got BatchNorm1d with virtual_batch_size. Leave it away."),
         ([bn.BatchNorm1d(3, renorm=bn.Renorm())], [x], square, {}, "expected layers that normalize by the statistics "
             "of the whole batch, got BatchNorm1d with renorm. Leave it away."),
+        ([nn.Linear(3, 3)], [x], nn.Sequential(bn.BatchNorm1d(3)), {}, "expected batch norms that the blocks hold, "
+            "got 0 (BatchNorm1d), which none of the blocks holds. Give the module itself as a block, not a function "
+            "that calls it."),
         ([lambda x: norm(x)], [x], square, {}, "expected batch norms that the blocks hold, got 1 (BatchNorm1d), which "
             "none of the blocks holds. Give the module itself as a block, not a function that calls it."),
         (checkpointed, [x], square, {}, "expected blocks without activation checkpoints, got one around 0 "

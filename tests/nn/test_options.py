@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import batchnorm as bn
 import options_page
@@ -35,6 +38,8 @@ OF_LAYERS: dict[str, dict[str, Any]] = {
     "residual": {},
 }
 """The options of a layer or its call, with the arguments that switch them on when it is built."""
+AROUND = ("domains", "defer_updates", "accumulate_statistics", "freeze")
+"""The options around a model."""
 
 
 class Outcome(NamedTuple):
@@ -46,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 def arguments_of(on: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for option in on for name, value in OF_LAYERS[option].items()}
+    return {name: value for option in on for name, value in OF_LAYERS.get(option, {}).items()}
 
 
 def inputs_of(on: tuple[str, ...], samples: int, seed: int) -> dict[str, Tensor | None]:
@@ -65,11 +70,28 @@ def inputs_of(on: tuple[str, ...], samples: int, seed: int) -> dict[str, Tensor 
     }
 
 
-def run(layer: bn.BatchNorm1d, inputs: dict[str, Any], dy: Tensor) -> Outcome:
+def run(on: tuple[str, ...], layer: bn.BatchNorm1d, inputs: dict[str, Any], dy: Tensor) -> Outcome:
+    model = nn.Sequential(layer, bn.BatchNorm1d(3))  # the second is not used
+    domain: Any = nullcontext
+    if "freeze" in on:
+        bn.freeze(model)
+    if "domains" in on:
+        bn.domains(model, ["source", "target"])
+        domain = functools.partial(bn.use_domain, model, "target")
     leaf = inputs["input"].clone().requires_grad_()
-    y = layer(**{**inputs, "input": leaf})
-    (dx,) = torch.autograd.grad(y, leaf, dy)
-    batches = layer.num_batches_tracked
+    with domain():
+        updates = bn.defer_updates(model) if "defer_updates" in on else nullcontext()
+        accumulating = bn.accumulate_statistics(model) if "accumulate_statistics" in on else nullcontext()
+        with updates, accumulating:
+            y = layer(**{**inputs, "input": leaf})
+            (dx,) = torch.autograd.grad(y, leaf, dy)
+        if "defer_updates" in on:
+            updates.commit()  # type: ignore[union-attr]
+        batches = layer.num_batches_tracked
+        return outcome(layer, y, dx, batches)
+
+
+def outcome(layer: bn.BatchNorm1d, y: Tensor, dx: Tensor, batches: Tensor | None) -> Outcome:
     return Outcome(
         y.detach(), dx, layer.running_mean, layer.running_var, None if batches is None else int(batches)
     )  # fmt: skip
@@ -77,6 +99,11 @@ def run(layer: bn.BatchNorm1d, inputs: dict[str, Any], dy: Tensor) -> Outcome:
 
 def simply(on: tuple[str, ...], layer: bn.BatchNorm1d, inputs: dict[str, Any], dy: Tensor) -> Outcome:
     """What the options say, by plain operations and a loop over the virtual batches, before the layer has run."""
+    if "freeze" in on and layer.running_mean is not None:
+        twin = copy.deepcopy(layer).eval()
+        leaf = inputs["input"].clone().requires_grad_()
+        y = twin(**{**inputs, "input": leaf})
+        return outcome(twin, y, torch.autograd.grad(y, leaf, dy)[0], twin.num_batches_tracked)
     x = inputs["input"].clone().requires_grad_()
     samples = x.shape[0]
     present = torch.ones(x.shape, dtype=torch.bool)
@@ -128,7 +155,7 @@ def check_together(on: tuple[str, ...], samples: int = 10, seed: int = 0) -> Non
                 t.copy_(torch.rand(3, generator=draw, dtype=torch.float64) + 0.5)
     inputs, dy = inputs_of(on, samples, seed), torch.randn(samples, 3, 5, generator=draw, dtype=torch.float64)
     expected = simply(on, layer, inputs, dy)
-    found = run(layer, inputs, dy)
+    found = run(on, layer, inputs, dy)
     assert_close(found.y, to_float64(expected.y), dtype="float64", quantity="y")
     assert_close(found.dx, to_float64(expected.dx), dtype="float64", quantity="dx")
     assert found.batches == expected.batches
@@ -143,17 +170,14 @@ def goes_together(on: tuple[str, ...]) -> bool:
     return not any(pair in REFUSED for pair in combinations(ordered, 2))
 
 
-LAYER_PAIRS = [pair for pair in pairs() if set(pair) <= set(OF_LAYERS)]
-
-
-@pytest.mark.parametrize("on", [pair for pair in LAYER_PAIRS if pair not in REFUSED], ids=" and ".join)
+@pytest.mark.parametrize("on", [pair for pair in pairs() if pair not in REFUSED], ids=" and ".join)
 def test_a_pair_that_works_gives_what_both_say(on: tuple[str, str]) -> None:
     check_together(on)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    on=st.sets(st.sampled_from(sorted(OF_LAYERS))).map(lambda chosen: tuple(sorted(chosen))).filter(goes_together),
+    on=st.sets(st.sampled_from(list(OPTIONS))).map(lambda chosen: tuple(sorted(chosen))).filter(goes_together),
     samples=st.integers(5, 13),
     seed=st.integers(0, 2**16),
 )
@@ -167,6 +191,24 @@ def test_a_pair_that_does_not_is_refused_when_the_layer_is_built(pair: tuple[str
     with pytest.raises(ArgumentError) as caught:
         bn.BatchNorm2d(3, **arguments_of(pair))
     assert str(caught.value) == f"BatchNorm2d: expected {invariant}, got {got}. {todo}"
+
+
+def test_every_option_is_tried() -> None:
+    assert {*OF_LAYERS, *AROUND} == set(OPTIONS)
+
+
+def test_a_process_group_given_later_is_refused_too() -> None:
+    refusal = (
+        "expected one of process_group and virtual_batch_size, got both. A virtual batch is smaller than the batch of "
+        "a rank, a process group's larger: leave one of them away."
+    )
+    model = nn.Sequential(bn.BatchNorm2d(3, virtual_batch_size=4))
+    with pytest.raises(ArgumentError) as caught:
+        model[0].process_group = "world"
+    assert str(caught.value) == f"BatchNorm2d: {refusal}"
+    with pytest.raises(ArgumentError) as caught:
+        bn.convert(model, process_group="world")
+    assert str(caught.value) == f"convert: {refusal}"
 
 
 def test_the_tables_name_pairs_in_order() -> None:

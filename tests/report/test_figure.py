@@ -9,7 +9,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from batchnorm.report import figure as module
+from batchnorm.report import drawing as module
 from batchnorm.report.figure import figure_1
 
 

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from batchnorm.report.table import Table
+from batchnorm.report.table import Table, headline, tables
 from batchnorm.report.terminal import Terminal, print_table
 
 
@@ -20,7 +20,7 @@ def test_lines_ten_a_run_and_one_at_the_end() -> None:
     with Terminal(results, results).progress(95, 2) as update:
         for seed in (4, 5):
             for step in range(96):
-                update(seed, step, 0.1, step / 100)
+                update(f"seed {seed}", step, f"test accuracy {step:.1f} % with, 10.0 % without")
     lines = said.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines[:11]] == [
         *(f"seed 4, step {step} of 95" for step in range(9, 96, 9)),
@@ -34,22 +34,32 @@ def test_a_wide_gap_between_points_gives_one_line() -> None:
     results, said = console(terminal=False)
     with Terminal(results, results).progress(100, 1) as update:
         for step in (0, 5, 35, 36, 41, 100):
-            update(0, step, 0.1, 0.2)
+            update("seed 0", step, "learning")
     steps = [line.split()[3] for line in said.getvalue().splitlines()]
     assert steps == ["35", "41", "100"]
 
 
-def test_a_terminal_gets_a_bar_with_both_accuracies() -> None:
+def test_a_terminal_gets_a_bar_with_what_is_said_of_the_run() -> None:
     results, said = console(terminal=True)
     with Terminal(results, results).progress(100, 2) as update:
-        update(0, 100, 0.25, 0.75)
-        update(1, 40, 0.25, 0.875)
-    assert "140/200 test accuracy 87.5 % with, 25.0 % without" in said.getvalue()
+        update("seed 0", 100, "[test accuracy] 75.0 %")
+        update("seed 1", 40, "[test accuracy] 87.5 %")
+    assert "140/200 [test accuracy] 87.5 %" in said.getvalue()
+
+
+def test_runs_side_by_side_share_the_bar() -> None:
+    results, said = console(terminal=True)
+    with Terminal(results, results).progress(100, 2) as update:
+        update("one", 30, "")
+        update("other", 20, "")
+        update("one", 50, "")
+    assert "70/200" in said.getvalue()
 
 
 def test_results_on_a_terminal_are_tables(make_metrics) -> None:  # type: ignore[no-untyped-def]
     results, said = console(terminal=True)
-    Terminal(results, results).show(make_metrics())
+    metrics = make_metrics()
+    Terminal(results, results).show(tables(metrics), headline(metrics))
     text = said.getvalue()
     assert "Training steps to reach a test accuracy" in text
     assert "─" in text
@@ -58,7 +68,8 @@ def test_results_on_a_terminal_are_tables(make_metrics) -> None:  # type: ignore
 
 def test_results_elsewhere_or_in_quiet_are_lines(make_metrics) -> None:  # type: ignore[no-untyped-def]
     elsewhere, said = console(terminal=False)
-    Terminal(elsewhere, elsewhere).show(make_metrics())
+    metrics = make_metrics()
+    Terminal(elsewhere, elsewhere).show(tables(metrics), headline(metrics))
     assert said.getvalue().splitlines()[:6] == [
         "Training steps to reach a test accuracy:",
         "  80 %: without 10; with 2; times sooner 5",
@@ -68,7 +79,7 @@ def test_results_elsewhere_or_in_quiet_are_lines(make_metrics) -> None:  # type:
         "Test accuracy after the last step:",
     ]
     terminal, quietly = console(terminal=True)
-    Terminal(terminal, terminal, quiet=True).show(make_metrics())
+    Terminal(terminal, terminal, quiet=True).show(tables(metrics), headline(metrics))
     assert quietly.getvalue() == said.getvalue()
 
 

@@ -6,7 +6,6 @@ Every source ends as a ``Digits``: flat float32 images in [0, 1], int64 labels, 
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm.errors import DataError, expected
-from batchnorm.experiments import idx
+from batchnorm.experiments import openml
+from batchnorm.experiments.idx_folder import TEST_FILES, TRAIN_FILES, Bytes, read_folder
 
 CLASSES = 10
 # 480 of the 1,797 images are eight mini-batches of 60, so the test set divides into batches of the training size.
 DIGITS_TEST_IMAGES = 480
 MNIST_TRAIN_IMAGES = 60_000
-
-_TRAIN_FILES = (
-    ("train-images-idx3-ubyte", "train-images.idx3-ubyte"),
-    ("train-labels-idx1-ubyte", "train-labels.idx1-ubyte"),
-)
-_TEST_FILES = (
-    ("t10k-images-idx3-ubyte", "t10k-images.idx3-ubyte"),
-    ("t10k-labels-idx1-ubyte", "t10k-labels.idx1-ubyte"),
-)
 
 
 @dataclass(frozen=True)
@@ -102,29 +93,7 @@ def _from_scikit_learn() -> Digits:
 
 
 def _from_openml() -> Digits:
-    from importlib.util import find_spec
-
-    from sklearn.datasets import fetch_openml
-
-    try:
-        # pandas reads the file in seconds, scikit-learn's own reader in a minute; but pandas is not a dependency.
-        parser = "pandas" if find_spec("pandas") else "liac-arff"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each retry; in the end our own error is raised
-            images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser=parser)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            expected(
-                "load",
-                "MNIST from OpenML, or in scikit-learn's cache",
-                f"{type(error).__name__}: {error}",
-                "Check the connection, or give a folder with the four IDX files.",
-            )
-        ) from error
-    pixels = np.asarray(images).astype(np.uint8).reshape(-1, 28, 28)
-    classes = np.asarray(labels).astype(np.uint8)
-    train, test = slice(None, MNIST_TRAIN_IMAGES), slice(MNIST_TRAIN_IMAGES, None)
-    return _from_bytes("MNIST (OpenML)", pixels[train], classes[train], pixels[test], classes[test])
+    return _from_bytes("MNIST (OpenML)", openml.fetch("mnist_784", "MNIST", side=28, train=MNIST_TRAIN_IMAGES))
 
 
 def _from_folder(folder: Path) -> Digits:
@@ -137,97 +106,33 @@ def _from_folder(folder: Path) -> Digits:
                 "There is no such folder. Check the path.",
             )
         )
-    train_images, train_labels = _read_pair(folder, _TRAIN_FILES)
-    test_images, test_labels = _read_pair(folder, _TEST_FILES)
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise DataError(
-            expected(
-                "load",
-                f"test images of the training images' size {_size(train_images)} in {folder}",
-                _size(test_images),
-                "Take all four files from one data set.",
+    found = read_folder(folder)
+    for labels, names in ((found.train_labels, TRAIN_FILES), (found.test_labels, TEST_FILES)):
+        largest = int(labels.max())
+        if largest >= CLASSES:
+            raise DataError(
+                expected(
+                    "load",
+                    f"labels from 0 to {CLASSES - 1} in {folder / names[1][0]}",
+                    f"{largest} at position {int(labels.argmax())}",
+                    "The experiment has ten classes.",
+                )
             )
-        )
-    return _from_bytes(str(folder), train_images, train_labels, test_images, test_labels)
+    return _from_bytes(str(folder), found)
 
 
-def _read_pair(
-    folder: Path, names: tuple[tuple[str, ...], tuple[str, ...]]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images and their labels, checked against each other."""
-    images_path, labels_path = _find(folder, names[0]), _find(folder, names[1])
-    images = idx.read(images_path, idx.IMAGES_MAGIC)
-    labels = idx.read(labels_path, idx.LABELS_MAGIC)
-    if len(images) != len(labels):
-        raise DataError(
-            expected(
-                "load",
-                f"as many labels as images ({len(images)} in {images_path.name})",
-                f"{len(labels)} in {labels_path.name}",
-                "Take both files from one data set.",
-            )
-        )
-    if images.size == 0:
-        raise DataError(
-            expected(
-                "load",
-                f"at least one pixel in {images_path}",
-                f"none in {len(images)} images of {_size(images)}",
-                "The file is empty.",
-            )
-        )
-    largest = int(labels.max())
-    if largest >= CLASSES:
-        raise DataError(
-            expected(
-                "load",
-                f"labels from 0 to {CLASSES - 1} in {labels_path}",
-                f"{largest} at position {int(labels.argmax())}",
-                "The experiment has ten classes.",
-            )
-        )
-    return images, labels
-
-
-def _find(folder: Path, names: tuple[str, ...]) -> Path:
-    """The first of ``names`` that exists, uncompressed before gzipped."""
-    for suffix in ("", ".gz"):
-        for name in names:
-            if os.path.isfile(path := folder / (name + suffix)):
-                return path
-    raise DataError(
-        expected(
-            "load",
-            f"{names[0]} or {names[0]}.gz in {folder}",
-            "neither",
-            "The folder needs the four IDX files: train-images-idx3-ubyte, train-labels-idx1-ubyte, "
-            "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte.",
-        )
-    )
-
-
-def _from_bytes(
-    name: str,
-    train_images: NDArray[np.uint8],
-    train_labels: NDArray[np.uint8],
-    test_images: NDArray[np.uint8],
-    test_labels: NDArray[np.uint8],
-) -> Digits:
-    height, width = train_images.shape[1:]
+def _from_bytes(name: str, found: Bytes) -> Digits:
+    height, width = found.train_images.shape[1:]
     return Digits(
         name=name,
         height=height,
         width=width,
-        train_images=_scaled(train_images),
-        train_labels=torch.from_numpy(train_labels.astype(np.int64)),
-        test_images=_scaled(test_images),
-        test_labels=torch.from_numpy(test_labels.astype(np.int64)),
+        train_images=_scaled(found.train_images),
+        train_labels=torch.from_numpy(found.train_labels.astype(np.int64)),
+        test_images=_scaled(found.test_images),
+        test_labels=torch.from_numpy(found.test_labels.astype(np.int64)),
     )
 
 
 def _scaled(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32) / np.float32(255))
-
-
-def _size(images: NDArray[np.uint8]) -> str:
-    return " x ".join(map(str, images.shape[1:]))

@@ -1,4 +1,4 @@
-"""``batchnorm reproduce``: load the data, train, record, and write a folder of files."""
+"""``batchnorm reproduce``, section 4.1: load, train, record, and leave a folder of files behind."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from batchnorm.experiments.digits import Digits, load
 from batchnorm.experiments.mnist import Point, Settings, train
 from batchnorm.experiments.record import Recording
-from batchnorm.report.command import FAILED, INTERRUPTED, REFUSED, SUCCESS
+from batchnorm.experiments.session import Report, conduct, encoded
 from batchnorm.report.figure import figure_1
-from batchnorm.report.files import require_writable, write_whole
 from batchnorm.report.metrics import Metrics, to_json
 from batchnorm.report.page import page
+from batchnorm.report.table import headline, tables
 from batchnorm.report.terminal import Terminal
 
 FILES = ("metrics.json", "figure1.png", "figure1.svg", "report.html")
@@ -38,7 +38,7 @@ def record(
         recording: where points are added.
         on_point: called with the seed and the point after each is added.
     """
-    with _threads(settings.threads):
+    with threads(settings.threads):
         for seed in range(settings.seed, settings.seed + settings.seeds):
             for point in train(settings, digits, seed):
                 recording.add(seed, point)
@@ -46,17 +46,12 @@ def record(
                     on_point(seed, point)
 
 
-def write_report(folder: Path, metrics: Metrics) -> list[Path]:
-    """Write metrics.json, figure1.png, figure1.svg and report.html into ``folder``, each whole or not at all.
-
-    Raises:
-        OSError: the folder or a file cannot be written.
-    """
+def contents(metrics: Metrics) -> dict[str, bytes]:
+    """What goes into each of ``FILES``."""
     figure = figure_1(metrics)
     html = page(metrics, figure["svg"])
-    # A path may hold bytes that cannot be decoded: "\\udcff" stands for such a byte, in JSON too.
-    text, markup = (part.encode(errors="backslashreplace") for part in (to_json(metrics), html))
-    return write_whole(folder, dict(zip(FILES, (text, figure["png"], figure["svg"], markup), strict=True)))
+    files = (encoded(to_json(metrics)), figure["png"], figure["svg"], encoded(html))
+    return dict(zip(FILES, files, strict=True))
 
 
 def reproduce(settings: Settings, source: str, folder: Path, terminal: Terminal) -> int:
@@ -69,74 +64,49 @@ def reproduce(settings: Settings, source: str, folder: Path, terminal: Terminal)
         terminal: where course, results and complaints are shown.
 
     Returns:
-        The exit code: ``SUCCESS``, ``FAILED`` (the results could not be written), ``REFUSED`` (nothing can be written
-        to ``folder``; known before training) or ``INTERRUPTED``.
+        The exit code, see ``session.conduct``.
 
     Raises:
         DataError: the data cannot be read.
     """
-    try:
-        require_writable(folder, FILES)
-    except OSError as error:
-        terminal.complain(
-            f"reproduce: expected a folder to write to, got {folder}: {error.strerror}. Choose another --out."
-        )
-        return REFUSED
-    recording: Recording | None = None
-    interrupted = False
-    try:
+    recording: Recording
+
+    def start() -> Recording:
+        nonlocal recording
         digits = load(source)
-        recording = Recording(settings, digits, source)
         terminal.say(
             f"{digits.name}: {len(digits.train_images):,} training and {len(digits.test_images):,} test images of "
             f"{digits.height}×{digits.width}; {settings.steps:,} steps, learning rate {settings.learning_rate}"
         )
+        recording = Recording(settings, digits, source)
+        return recording
+
+    def work() -> None:
         with terminal.progress(settings.steps, settings.seeds) as update:
-            record(
-                settings,
-                digits,
-                recording,
-                lambda seed, point: update(seed, point.step, point.plain_accuracy, point.running_accuracy),
-            )
-    except KeyboardInterrupt:
-        interrupted = True
-    if recording is None or recording.empty:
-        terminal.complain("Interrupted before anything was recorded; nothing is written.")
-        return INTERRUPTED
-    metrics = recording.metrics()
-    try:
-        try:
-            written = write_report(folder, metrics)
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            written = write_report(folder, metrics)  # the training is done: only a second Ctrl-C loses it
-    except KeyboardInterrupt:
-        terminal.complain("Interrupted again while the results were written; nothing is written.")
-        return INTERRUPTED
-    except OSError as error:
-        terminal.show(metrics)
-        terminal.complain(f"reproduce: the results could not be written to {folder}: {error.strerror}.")
-        return FAILED
-    terminal.show(metrics)
-    terminal.say(f"Written to {folder}: {', '.join(path.name for path in written)}")
-    if interrupted:
-        last = metrics["runs"][-1]
-        reached = f"Interrupted at seed {last['seed']}, step {last['steps'][-1]:,} of {settings.steps:,}"
-        kept = 'what was recorded until then is kept, marked "complete": false.'
-        if metrics["complete"]:
-            kept = "that was the last, and all is written."
-        terminal.complain(f"{reached}: {kept}")
-        return INTERRUPTED
-    return SUCCESS
+
+            def shown(seed: int, point: Point) -> None:
+                with_it, without = (f"{100 * a:.1f} %" for a in (point.running_accuracy, point.plain_accuracy))
+                update(f"seed {seed}", point.step, f"test accuracy {with_it} with, {without} without")
+
+            record(settings, recording.digits, recording, shown)
+
+    return conduct(_REPORT, folder, terminal, start, work)
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """``count`` threads of PyTorch for the duration."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _reached(metrics: Metrics) -> str:
+    last = metrics["runs"][-1]
+    return f"seed {last['seed']}, step {last['steps'][-1]:,} of {metrics['settings']['steps']:,}"
+
+
+_REPORT = Report[Metrics](FILES, contents, tables, headline, lambda metrics: metrics["complete"], _reached)

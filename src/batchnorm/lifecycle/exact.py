@@ -88,7 +88,7 @@ def exact_accumulation(
         todo = "A generator that was already used up gives none."
         raise ArgumentError(expected("exact_accumulation", "at least one micro-batch", "none", todo))
     modules = [f for f in (*functions, loss_fn) if isinstance(f, nn.Module)]
-    layers = _layers(modules)
+    layers = _layers([f for f in functions if isinstance(f, nn.Module)])
     weights = _weights([inputs for inputs, _ in batches], reduction)
     devices = _devices(modules, batches)
     chain = _Chain(functions, len(batches), devices)

@@ -54,17 +54,20 @@ def groups_of(function: str, x: Tensor, size: int, places: Places = EVERYWHERE) 
         ArgumentError: a group has one value a channel, or ``places`` leave it one. Masks are looked at only where that
             breaks no graph, as in ``checks.check_places``
     """
-    samples = x.shape[0]
-    if size >= samples or x.numel() == 0:
+    samples, values = x.shape[0], x.numel()
+    if isinstance(samples, Tensor):  # type: ignore[unreachable]
+        # Under torch.jit.trace, which warns that it keeps them.
+        samples, values = int(samples), int(values)  # type: ignore[unreachable]
+    if size >= samples or values == 0:
         return None
-    values = x.numel() // (samples * x.shape[1])  # of a channel in one sample
-    if size * values < 2:
+    in_sample = values // (samples * x.shape[1])  # of a channel
+    if size * in_sample < 2:
         got = f"virtual_batch_size={size} for input size {tuple(x.shape)}"
         todo = "Take a larger virtual_batch_size."
         raise ArgumentError(expected(function, "more than 1 value per channel in each virtual batch", got, todo))
-    number, rest = divmod(samples, size)
-    if rest * values >= 2:
-        number += 1
+    # Without a branch on the remainder: a compiler would need a graph for each.
+    needed = 1 if in_sample > 1 else 2  # samples of a remainder that is a group of its own
+    number = (samples + size - needed) // size
     if number == 1:
         return None
     groups = Groups(size, number)

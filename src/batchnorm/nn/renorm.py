@@ -44,8 +44,8 @@ class Renorm:
     Raises:
         ArgumentError: a limit or schedule outside the above
 
-    Under activation checkpointing the recomputation takes r and d from running statistics that the first forward has
-    moved already.
+    Under activation checkpointing run forward and backward inside ``batchnorm.defer_updates``, so that the
+    recomputation takes r and d from the statistics that the first forward took them from.
 
     >>> import torch, batchnorm as bn
     >>> layer = bn.BatchNorm1d(3, renorm=Renorm(warmup=(0, 0, 0)))

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
+from batchnorm.report.drawing import NORMALIZED, PLAIN, STYLE, grouped_steps, new_figure, saved
 from batchnorm.report.metrics import Metrics, Network
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 _WIDTH, _HEIGHT = 10.0, 3.7  # inches: the width of a page in landscape
-_DPI = 300
-
-# The colours also differ in lightness, and the line styles differ, so the curves can be told apart in grey.
-_PLAIN = "#C44E00"
-_NORMALIZED = "#0B4F8A"
 _NETWORKS: dict[str, tuple[str, Any]] = {
-    "with batch normalization": (_NORMALIZED, "-"),
-    "without": (_PLAIN, (0, (4, 1.5))),
+    "with batch normalization": (NORMALIZED, "-"),
+    "without": (PLAIN, (0, (4, 1.5))),
 }
 
 _PERCENTILES: dict[str, tuple[Any, float]] = {
     "85th percentile": ((0, (4, 1.5)), 1.1),
     "median": ("-", 1.6),
     "15th percentile": ((0, (1, 1.2)), 1.1),
-}
-
-_STYLE: Any = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.solid_capstyle": "butt",
-    # Letters as outlines: the file looks the same where the fonts are missing.
-    "svg.fonttype": "path",
-    # The same metrics give the same bytes.
-    "svg.hashsalt": "batchnorm",
 }
 
 
@@ -70,15 +42,14 @@ def figure_1(metrics: Metrics) -> dict[Literal["png", "svg"], bytes]:
     The axis of the steps is logarithmic. On the paper's linear axis, the whole training of the normalized network would
     fit in the width of the axis line.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout=ConstrainedLayoutEngine(w_pad=0.07))
-        FigureCanvasAgg(figure)
+    with rc_context(STYLE):
+        figure = new_figure(_WIDTH, _HEIGHT)
         accuracy, plain, normalized = figure.subplots(1, 3, width_ratios=[1.25, 1, 1])
         plain.sharey(normalized)
         _draw_accuracy(accuracy, metrics)
         run = metrics["runs"][0]
-        _draw_percentiles(plain, run["steps"], run["plain"], _PLAIN)
-        _draw_percentiles(normalized, run["steps"], run["normalized"], _NORMALIZED)
+        _draw_percentiles(plain, run["steps"], run["plain"], PLAIN)
+        _draw_percentiles(normalized, run["steps"], run["normalized"], NORMALIZED)
         plain.set_title("(b) without batch normalization", loc="left")
         normalized.set_title("(c) with batch normalization", loc="left")
         plain.set_ylabel("input to the sigmoid (no unit)")
@@ -86,7 +57,7 @@ def figure_1(metrics: Metrics) -> dict[Literal["png", "svg"], bytes]:
         for axes in (accuracy, plain, normalized):
             _draw_steps_axis(axes, metrics["settings"]["steps"])
         _draw_legends(figure)
-        return {"png": _saved(figure, "png"), "svg": _saved(figure, "svg")}
+        return saved(figure)
 
 
 def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
@@ -147,16 +118,9 @@ def _draw_steps_axis(axes: Axes, steps: int) -> None:
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)  # step 0 has no logarithm
     axes.set_xlim(0, steps)
     axes.set_xlabel("training steps (log scale)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    grouped_steps(axes)
 
 
 def _array(values: Sequence[float | None]) -> NDArray[np.float64]:
     """With NaN, which leaves a gap in a curve, where nothing finite was recorded."""
     return np.array([np.nan if value is None else value for value in values])
-
-
-def _saved(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
-    buffer = io.BytesIO()
-    dated = {"Date": None} if kind == "svg" else None
-    figure.savefig(buffer, format=kind, dpi=_DPI, metadata=dated)
-    return buffer.getvalue()

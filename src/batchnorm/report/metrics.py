@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import TypedDict
+from typing import Any, TypedDict
 
 SCHEMA = 1
 
@@ -142,15 +142,15 @@ def summarize(runs: Sequence[Run]) -> Summary:
     """The figures of the table, from at least one run."""
     best = [max(run["plain"]["accuracy"]) for run in runs]
     return Summary(
-        plain_best=_spread(best),
+        plain_best=spread(best),
         steps_to_plain_best=_steps(runs, None, best),
         steps_to=[_steps(runs, level, [level] * len(runs)) for level in LEVELS],
-        final_plain=_spread([run["plain"]["accuracy"][-1] for run in runs]),
+        final_plain=spread([run["plain"]["accuracy"][-1] for run in runs]),
         final_normalized={
-            "batch": _spread([run["accuracy_by_statistics"]["batch"][-1] for run in runs]),
-            "running": _spread([run["accuracy_by_statistics"]["running"][-1] for run in runs]),
-            "paper": _spread([run["accuracy_by_statistics"]["paper"][-1] for run in runs]),
-            "pooled": _spread([run["accuracy_by_statistics"]["pooled"][-1] for run in runs]),
+            "batch": spread([run["accuracy_by_statistics"]["batch"][-1] for run in runs]),
+            "running": spread([run["accuracy_by_statistics"]["running"][-1] for run in runs]),
+            "paper": spread([run["accuracy_by_statistics"]["paper"][-1] for run in runs]),
+            "pooled": spread([run["accuracy_by_statistics"]["pooled"][-1] for run in runs]),
         },
         travel_plain=_spread_or_none([run["plain"]["travel"] for run in runs]),
         travel_normalized=_spread_or_none([run["normalized"]["travel"] for run in runs]),
@@ -170,7 +170,7 @@ def first_step(steps: Sequence[int], accuracy: Sequence[float], level: float) ->
     return next((step for step, value in zip(steps, accuracy, strict=True) if value >= level), None)
 
 
-def to_json(metrics: Metrics) -> str:
+def to_json(metrics: Mapping[str, Any]) -> str:
     """The text of ``metrics.json``: strict JSON, so a NaN that slipped through is an error and not a broken file."""
     return json.dumps(metrics, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -196,7 +196,8 @@ def _steps(runs: Sequence[Run], level: float | None, levels: Sequence[float]) ->
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, range and sample standard deviation of one figure over the seeds."""
     return Spread(
         mean=fmean(values),
         min=min(values),
@@ -207,4 +208,4 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def _spread_or_none(values: Sequence[float | None]) -> Spread | None:
     present = [value for value in values if value is not None]
-    return _spread(present) if len(present) == len(values) else None
+    return spread(present) if len(present) == len(values) else None

@@ -122,11 +122,11 @@ def accuracy(spread: Spread) -> str:
 
 
 def _steps_row(row: Steps) -> tuple[str, str, str]:
-    return _over_seeds(row["plain"], "d"), _over_seeds(row["normalized"], "d"), _over_seeds(row["ratio"], "r")
+    return over_seeds(row["plain"], "d"), over_seeds(row["normalized"], "d"), over_seeds(row["ratio"], "r")
 
 
-def _over_seeds(values: Sequence[float | None], kind: str) -> str:
-    """Steps or ratios over seeds. Runs that never got there are counted in the text, not silently left out."""
+def over_seeds(values: Sequence[float | None], kind: str) -> str:
+    """Steps or ratios over seeds; what was never reached is said, and not left out of a mean without a word."""
     present = _present(values)
     if not present:
         return "–" if kind == "r" else "not reached"

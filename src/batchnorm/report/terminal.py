@@ -1,8 +1,8 @@
-"""Progress and results of an experiment, on a terminal or as plain lines."""
+"""Progress and results of an experiment on a terminal, or as plain lines where there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from rich.box import SIMPLE_HEAD
@@ -11,11 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.metrics import Metrics
-from batchnorm.report.table import Table, headline, tables
+from batchnorm.report.table import Table
 
-# Called with the seed, the step reached and both test accuracies.
-OnProgress = Callable[[int, int, float, float], None]
+# Called with a run's name, the step that it has reached, and what to say of it.
+OnProgress = Callable[[str, int, str], None]
 
 _LINES_A_RUN = 10
 _NARROWEST = 70  # columns: the bar with its figures
@@ -23,7 +22,7 @@ _WIDEST = 10_000  # columns, to ask how many a table needs at least
 
 
 class Terminal:
-    """The output of an experiment: results and progress on one console, errors on another.
+    """Where an experiment prints: progress and results on one console, complaints on another.
 
     Args:
         results: usually standard output.
@@ -36,18 +35,18 @@ class Terminal:
         self._complaints = complaints
         self.plain = quiet or not results.is_terminal or results.is_dumb_terminal or results.width < _NARROWEST
 
-    def progress(self, steps: int, seeds: int) -> AbstractContextManager[OnProgress]:
-        """Progress of ``seeds`` runs of ``steps`` steps: a bar, or a few lines for each run."""
-        return self._lines(steps) if self.plain else self._bar(steps, seeds)
+    def progress(self, steps: int, runs: int) -> AbstractContextManager[OnProgress]:
+        """A bar, or some lines a run, for ``runs`` runs of ``steps`` steps, one after the other or side by side."""
+        return self._lines(steps) if self.plain else self._bar(steps, runs)
 
-    def show(self, metrics: Metrics) -> None:
-        """The headline and the tables."""
-        for table in tables(metrics):
+    def show(self, tables: Iterable[Table], headline: str) -> None:
+        """The tables and the result in words."""
+        for table in tables:
             if self.plain:
                 self.say("\n".join(table.lines()))
             else:
                 print_table(self._results, table)
-        self.say(headline(metrics))
+        self.say(headline)
 
     def say(self, text: str) -> None:
         """Print a line among the results, without markup or wrapping."""
@@ -58,43 +57,33 @@ class Terminal:
         self._complaints.print(Text(text), soft_wrap=True)
 
     @contextmanager
-    def _bar(self, steps: int, seeds: int) -> Iterator[OnProgress]:
+    def _bar(self, steps: int, runs: int) -> Iterator[OnProgress]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("test accuracy [bold]{task.fields[normalized]}[/] with, {task.fields[without]} without"),
+            TextColumn("{task.fields[words]}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._results, expand=True) as bar:
-            task = bar.add_task("training", total=steps * seeds, normalized="–", without="–")
-            begun: list[int] = []
+            task = bar.add_task("training", total=steps * runs, words="")
+            reached: dict[str, int] = {}
 
-            def update(seed: int, step: int, plain: float, normalized: float) -> None:
-                if seed not in begun:
-                    begun.append(seed)
-                bar.update(
-                    task,
-                    description=f"seed {seed}",
-                    completed=(len(begun) - 1) * steps + step,
-                    normalized=f"{100 * normalized:.1f} %",
-                    without=f"{100 * plain:.1f} %",
-                )
+            def update(run: str, step: int, words: str) -> None:
+                reached[run] = step
+                bar.update(task, description=run, completed=sum(reached.values()), words=words)
 
             yield update
 
     @contextmanager
     def _lines(self, steps: int) -> Iterator[OnProgress]:
-        due: dict[int, int] = {}  # the next step of each seed for which a line is printed
+        due: dict[str, int] = {}  # the next step of each run that is worth a line
 
-        def update(seed: int, step: int, plain: float, normalized: float) -> None:
+        def update(run: str, step: int, words: str) -> None:
             apart = max(steps // _LINES_A_RUN, 1)
-            if step >= due.setdefault(seed, apart) or step == steps:
-                due[seed] = (step // apart + 1) * apart
-                self.say(
-                    f"seed {seed}, step {step:,} of {steps:,}: test accuracy {100 * normalized:.1f} % with, "
-                    f"{100 * plain:.1f} % without"
-                )
+            if step >= due.setdefault(run, apart) or step == steps:
+                due[run] = (step // apart + 1) * apart
+                self.say(f"{run}, step {step:,} of {steps:,}: {words}")
 
         yield update
 

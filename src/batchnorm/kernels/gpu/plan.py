@@ -2,8 +2,9 @@
 
 The table is reasoned, not measured: no GPU was at hand when it was written. With ``BATCHNORM_TUNE=1`` in the
 environment ``tuning`` measures candidates for each new problem, and what it found takes the table's place. The table
-reasons from three things. Loads should be 16 bytes a thread and 128 bytes side by side. Four programs of eight warps
-on a multiprocessor keep enough loads in flight. A launch takes as long as the card moves some megabytes.
+reasons from three things. Loads should be 16 bytes a thread and 128 bytes side by side. Registers decide how many warps
+a multiprocessor keeps, and warps how many loads are in flight; the compiler's counts for an H100 are known. A launch
+takes as long as the card moves some megabytes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-TILE = 8192  # values in a tile of a sweep
-SLAB = {"forward": 32768, "backward": 16384}  # most values of a tile that holds all values of its channels
+TILE = 16384  # bytes of a tile in a sweep: two loads for each of 512 threads
+FUSED = ("forward", "backward")
+SLAB = 16384  # most values of a tile that holds all values of its channels: more do not fit into registers
 SMALL = 65536  # values of a tensor that a few programs normalize before a second launch would have begun
 LINE, SECTOR = 128, 32  # bytes of a line of the second-level cache, and the least that is read from memory
 WAVES = 4  # programs a multiprocessor in a sweep
@@ -61,27 +63,28 @@ def find(problem: Problem) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def by_table(problem: Problem, tile: int = TILE, waves: int = WAVES) -> Plan:
+def by_table(problem: Problem, tile_bytes: int = TILE, waves: int = WAVES) -> Plan:
     """The reasoned plan.
 
     >>> cpu = torch.device("cpu")
     >>> by_table(Problem("forward", 1, 64, 512, 49, torch.bfloat16, cpu))
-    Plan(c_block=2, o_block=64, i_block=64, warps=8, per_part=1, parts=1, blocks=256, fused=True)
+    Plan(c_block=2, o_block=64, i_block=64, warps=16, per_part=1, parts=1, blocks=256, fused=True)
     >>> by_table(Problem("moments", 1, 802816, 64, 1, torch.bfloat16, cpu))[:3]
     (64, 128, 1)
     """
     operation, groups, outer, channels, inner, dtype, device = problem
-    side_by_side = LINE // dtype.itemsize
+    side_by_side, tile = LINE // dtype.itemsize, tile_bytes // dtype.itemsize
     i_block = min(power(inner), tile)
     # Rows shorter than a line: several channels, whose rows lie side by side.
     c_block = min(power(channels), power(-(-side_by_side // inner)))
-    if operation in SLAB:
+    if operation in FUSED:
         # One launch, where a tile takes all values of some channels and enough programs are left for the processors.
         values = power(outer) * power(inner)
-        c_block = min(c_block, SLAB[operation] // values)
+        c_block = min(c_block, SLAB // values)
         few = 2 * groups * channels < processors(device) * c_block and groups * outer * channels * inner > SMALL
         narrow = c_block * inner * dtype.itemsize < min(SECTOR, channels * inner * dtype.itemsize)
-        if c_block == 0 or few or narrow:
+        far = groups * outer * channels * inner >= 2**30
+        if c_block == 0 or few or narrow or far:
             return cut(problem, 1, 1, 1)
         return cut(problem, c_block, power(outer), power(inner))._replace(fused=True)
     o_block = min(power(outer), max(1, tile // (c_block * i_block)))
@@ -91,11 +94,12 @@ def by_table(problem: Problem, tile: int = TILE, waves: int = WAVES) -> Plan:
 
 
 def cut(problem: Problem, c_block: int, o_block: int, i_block: int, waves: int = WAVES) -> Plan:
-    """A plan with these tiles, and as many parts as keep the processors busy."""
+    """A plan with these tiles (fewer rows where offsets within a tile would not fit into 32 bits) and enough parts."""
+    o_block = min(o_block, max(1, power(2**30 // (problem.channels * problem.inner) + 1) // 2))
     blocks = problem.groups * -(-problem.channels // c_block)
     tiles = -(-problem.outer // o_block) * -(-problem.inner // i_block)
     per_part = -(-tiles // min(tiles, max(1, -(-waves * processors(problem.device) // blocks))))
-    warps = min(16, max(1, c_block * o_block * i_block // 1024))
+    warps = min(16, max(1, c_block * o_block * i_block // 512))  # 16 values a thread
     return Plan(c_block, o_block, i_block, warps, per_part, -(-tiles // per_part), blocks)
 
 

@@ -56,45 +56,45 @@ def _block(outer, last, channels, inner, C_UNIT: tl.constexpr, I_UNIT: tl.conste
     inner *= I_UNIT
     blocks = tl.cdiv(channels, C_BLOCK)
     group = (tl.program_id(0) // blocks).to(tl.int64)
-    c = (tl.program_id(0) % blocks) * C_BLOCK + tl.arange(0, C_BLOCK)
+    c = (tl.program_id(0) % blocks) * C_BLOCK
+    there = c + tl.arange(0, C_BLOCK) < channels
     rows = tl.where(group == tl.num_programs(0) // blocks - 1, last, outer)
-    return (group * outer, c, rows, channels, inner), group * channels + c, c < channels
+    return (group * outer, rows, channels, inner, c, there), group * channels + c + tl.arange(0, C_BLOCK), there
 
 
 @triton.jit
 def _tile(tile, shape, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     """Where a tile is, and how many places it has.
 
-    Offsets [channels, places] in a tensor of x's size and which of them exist, then the same [1, places] of a tensor
-    without channels.
+    The first of its values in a tensor of x's size, offsets [channels, places] from there, and which of them exist; then
+    the same [1, places] of a tensor without channels. ``plan`` sees to it that offsets fit into 32 bits, which takes
+    half the registers. Only the first value's has 64, and it is a plain number.
     """
-    before, c, outer, channels, inner = shape
+    before, outer, channels, inner, c, there = shape
     across = tl.cdiv(inner, I_BLOCK)
     o = (tile // across).to(tl.int64) * O_BLOCK
     i = (tile % across).to(tl.int64) * I_BLOCK
-    p = tl.arange(0, O_BLOCK * I_BLOCK)
+    row = before + o
+    p = tl.arange(0, O_BLOCK * I_BLOCK)[None, :]
     rows = tl.minimum(outer - o, O_BLOCK).to(tl.int32)
     width = tl.minimum(inner - i, I_BLOCK).to(tl.int32)
-    exists = ((p // I_BLOCK < rows) & (p % I_BLOCK < width))[None, :]
-    row = before + o
-    # What depends on the tile is a number; the rest stays the same from tile to tile.
-    within = (p // I_BLOCK).to(tl.int64) * channels * inner + p % I_BLOCK
-    at = row * channels * inner + i + (within[None, :] + (c.to(tl.int64) * inner)[:, None])
-    place = row * inner + i + ((p // I_BLOCK).to(tl.int64) * inner + p % I_BLOCK)[None, :]
-    return (at, exists & (c < channels)[:, None], place, exists), rows * width
+    exists = (p // I_BLOCK < rows) & (p % I_BLOCK < width)
+    at = p // I_BLOCK * (channels * inner) + p % I_BLOCK + tl.arange(0, there.shape[0])[:, None] * inner
+    place = p // I_BLOCK * inner + p % I_BLOCK
+    return ((row * channels + c) * inner + i, at, exists & there[:, None], row * inner + i, place, exists), rows * width
 
 
 @triton.jit
 def _part(shape, per_part, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     """The first tile of this program, and how many it has."""
     first = tl.program_id(1) * per_part
-    return first, tl.minimum(per_part, tl.cdiv(shape[2], O_BLOCK) * tl.cdiv(shape[4], I_BLOCK) - first)
+    return first, tl.minimum(per_part, tl.cdiv(shape[1], O_BLOCK) * tl.cdiv(shape[3], I_BLOCK) - first)
 
 
 @triton.jit
 def _read(pointer, spot):
     """As float32. The interpreter gets subnormal bfloat16 wrong, so there the bits are shifted."""
-    value = tl.load(pointer + spot[0], mask=spot[1], other=0.0)
+    value = tl.load(pointer + spot[0] + spot[1], mask=spot[2], other=0.0)
     if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
         return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -102,13 +102,13 @@ def _read(pointer, spot):
 
 
 @triton.jit
-def _write(pointer, at, value, exists):
+def _write(pointer, spot, value):
     """Rounds to nearest even. The interpreter would cut bfloat16 off, so there the bits are rounded."""
     if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         value = tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=exists)
+    tl.store(pointer + spot[0] + spot[1], value.to(pointer.dtype.element_ty), mask=spot[2])
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def _places(pointer, spot, PER_CHANNEL: tl.constexpr):
     if PER_CHANNEL:
         return _read(pointer, spot)
     else:
-        return tl.where(spot[1], tl.load(pointer + spot[2], mask=spot[3], other=0.0).to(tl.float32), 0.0)
+        w = tl.load(pointer + spot[3] + spot[4], mask=spot[5], other=0.0)
+        return tl.where(spot[2], w.to(tl.float32), 0.0)
 
 
 # Statistics
@@ -259,10 +260,10 @@ def _coefficients(mean, var, weight, bias, channel, exists, eps):
     invstd = 1.0 / tl.sqrt(var + eps)
     a = invstd
     if weight is not None:
-        a = a * _read(weight, (channel, exists)).to(tl.float64)
+        a = a * _read(weight, (0, channel, exists)).to(tl.float64)
     shift = -lo * a
     if bias is not None:
-        shift = shift + _read(bias, (channel, exists)).to(tl.float64)
+        shift = shift + _read(bias, (0, channel, exists)).to(tl.float64)
     return (_across(hi), _across(a.to(tl.float32)), _across(shift.to(tl.float32))), lo, invstd
 
 
@@ -300,7 +301,7 @@ def _gradient(dy, x, y, residual, mask, spot, line, slope, ACTIVATION: tl.conste
             dz = tl.where(z <= 0, 0.0, dz)
         else:
             dz = tl.where(z > 0, dz, dz * slope)
-    present = spot[1]
+    present = spot[2]
     if mask is not None:
         present = _places(mask, spot, PER_CHANNEL) > 0
         dz = tl.where(present, dz, 0.0)
@@ -312,9 +313,9 @@ def _through_statistics(sum_dz, sum_dz_xhat, n, lo, invstd, channel, exists, dwe
     """slope and constant of dx = a·(dz − w·((x − hi)·slope + constant)); the parameters' gradients are written."""
     if tl.program_id(1) == 0:
         if dweight is not None:
-            _write(dweight, channel, sum_dz_xhat.to(tl.float32), exists)
+            _write(dweight, (0, channel, exists), sum_dz_xhat.to(tl.float32))
         if dbias is not None:
-            _write(dbias, channel, sum_dz.to(tl.float32), exists)
+            _write(dbias, (0, channel, exists), sum_dz.to(tl.float32))
     slope = sum_dz_xhat * invstd / n
     return _across(slope.to(tl.float32)), _across((sum_dz / n - lo * slope).to(tl.float32))
 
@@ -323,7 +324,7 @@ def _through_statistics(sum_dz, sum_dz_xhat, n, lo, invstd, channel, exists, dwe
 def _write_gradients(dx, dresidual, dz, centred, weights, spot, a, through, PER_CHANNEL: tl.constexpr):
     """dx and the residual's gradient; ``through`` is None where the statistics are constants."""
     if dresidual is not None:
-        _write(dresidual, spot[0], dz, spot[1])
+        _write(dresidual, spot, dz)
     if dx is not None:
         if through is not None:
             share = centred * through[0] + through[1]
@@ -331,7 +332,7 @@ def _write_gradients(dx, dresidual, dz, centred, weights, spot, a, through, PER_
                 w = _places(weights, spot, PER_CHANNEL)
                 share = tl.where(w > 0, share * w, 0.0)
             dz = dz - share
-        _write(dx, spot[0], dz * a, spot[1])
+        _write(dx, spot, dz * a)
 
 
 # The launches
@@ -349,7 +350,7 @@ def moments_program(
     shift = tl.zeros((C_BLOCK,), tl.float32)
     if weights is None:
         # One of the values, so that x − shift is 0 throughout a constant channel. Any finite one will do.
-        shift = _read(x, (tl.min(spot[0], 1), there & (tiles > 0)))
+        shift = _read(x, (spot[0], tl.min(spot[1], 1), there & (tiles > 0)))
         shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     n = tl.zeros((C_BLOCK,), tl.float64)
     mean = tl.zeros((C_BLOCK,), tl.float64)
@@ -361,7 +362,7 @@ def moments_program(
         if weights is not None:
             w = _places(weights, spot, PER_CHANNEL)
             shift = tl.where(n > 0, shift, _finite_value(value, w > 0))
-        more, its_mean, its_m2 = _tile_moments(value, spot[1], w, count, shift)
+        more, its_mean, its_m2 = _tile_moments(value, spot[2], w, count, shift)
         n, mean, m2 = _merge(n, mean, m2, more, its_mean, its_m2)
     mean = tl.where(n > 0, shift.to(tl.float64) + mean, 0.0)
     _leave(partial, n, mean, m2, tl.program_id(1), tl.num_programs(1), stride, channel, there)
@@ -388,17 +389,17 @@ def normalize_program(
     first, tiles = _part(shape, per_part, O_BLOCK, I_BLOCK)
     if FUSED:
         spot, count = _tile(first, shape, O_BLOCK, I_BLOCK)
-        value, w, present = _read(x, spot), None, spot[1]
+        value, w, present = _read(x, spot), None, spot[2]
         if weights is not None:
             w = _places(weights, spot, PER_CHANNEL)
             present = w > 0
         shift = _finite_value(value, present)
-        n, m, m2 = _tile_moments(value, spot[1], w, count, shift)
+        n, m, m2 = _tile_moments(value, spot[2], w, count, shift)
         m = shift.to(tl.float64) + m
         _finish(n, m, m2, channel, there, mean, var, running_mean, running_var, batches, factor)
         line, _lo, _invstd = _coefficients(m, m2 / n, weight, bias, channel, there, eps)
         value = _result(value, residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
-        _write(y, spot[0], value, spot[1])
+        _write(y, spot, value)
     else:
         if partial is None:
             m, v = _given(mean, var, channel, there)
@@ -413,7 +414,7 @@ def normalize_program(
             # Backwards: what was measured last may still be in the second-level cache.
             spot, count = _tile(first + (tiles - 1 - t), shape, O_BLOCK, I_BLOCK)
             value = _result(_read(x, spot), residual, mask, spot, line, slope, ACTIVATION, PER_CHANNEL)
-            _write(y, spot[0], value, spot[1])
+            _write(y, spot, value)
 
 
 @triton.jit

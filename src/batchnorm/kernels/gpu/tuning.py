@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from batchnorm.kernels.contract import Needs
-from batchnorm.kernels.gpu.plan import SLAB, Plan, Problem, by_table, cut, measured
+from batchnorm.kernels.gpu.plan import FUSED, Plan, Problem, by_table, cut, measured
 
 ROUNDS = 12
 
@@ -45,10 +45,10 @@ def measure(problem: Problem) -> None:
 def candidates(problem: Problem) -> Iterator[Plan]:
     """The table's plan and its neighbours."""
     yield by_table(problem)
-    if problem.operation in SLAB:
+    if problem.operation in FUSED:
         yield cut(problem, 1, 1, 1)  # not fused: the sweeps are problems of their own
         return
-    for tile in (2048, 4096, 8192, 16384):
+    for tile in (4096, 8192, 16384, 32768):
         for waves in (1, 2, 4, 8):
             plan = by_table(problem, tile, waves)
             yield from (plan, plan._replace(warps=max(1, plan.warps // 2)))

@@ -94,14 +94,7 @@ class Block:
             return [[None] * len(tree_flatten(value)[0]) for value in self._inputs]
         for index in reversed(range(len(self.uses))):
             self._sum_up(index, grads)
-        found = []
-        for i, each in enumerate(grads):
-            leaves, outputs = self._differentiable_run(i)
-            reached = [(y, dy) for y, dy in zip(outputs, each, strict=True) if dy is not None and y.requires_grad]
-            if reached:
-                torch.autograd.backward([y for y, _ in reached], [dy for _, dy in reached])
-            found.append([t.grad if isinstance(t, Tensor) else None for t in leaves])
-            self._reached = []
+        found = [self._gradients(i, each) for i, each in enumerate(grads)]
         self._inputs = []
         return found
 
@@ -135,23 +128,39 @@ class Block:
         self._sums = local
         raise Cut
 
+    # Each micro-batch in a call of its own, at whose end its graph is gone.
+
+    def _gradients(self, i: int, grads: Grads) -> Grads:
+        """Those of a micro-batch's input; those of the parameters are added to ``.grad``."""
+        leaves, outputs = self._differentiable_run(i)
+        reached = _reached(outputs, grads)
+        if reached:
+            torch.autograd.backward([y for y, _ in reached], [dy for _, dy in reached])
+        self._reached = []
+        return [t.grad if isinstance(t, Tensor) else None for t in leaves]
+
     def _sum_up(self, index: int, grads: list[Grads]) -> None:
         """Find the sums of one norm; those of the norms after it are known."""
         use, total = self.uses[index], None
         for i, each in enumerate(grads):
-            _, outputs = self._differentiable_run(i)
-            x = self._reached[index][1]
-            self._reached = []
-            reached = [(y, dy) for y, dy in zip(outputs, each, strict=True) if dy is not None and y.requires_grad]
-            if not x.requires_grad or not reached:
-                continue
+            local = self._local_sums(index, i, each)
+            if local is not None:
+                total = local if total is None else total + local
+        if total is not None:
+            use.sums = total if use.exchange is None else use.exchange.sums(total)
+
+    def _local_sums(self, index: int, i: int, grads: Grads) -> Tensor | None:
+        """Those of a micro-batch; None where the norm's input needs no gradient."""
+        _, outputs = self._differentiable_run(i)
+        x = self._reached[index][1]
+        self._reached = []
+        reached = _reached(outputs, grads)
+        if x.requires_grad and reached:
             try:
                 torch.autograd.grad([y for y, _ in reached], [x], [dy for _, dy in reached], allow_unused=True)
             except Cut:
-                assert self._sums is not None
-                total = self._sums if total is None else total + self._sums
-        if total is not None:
-            use.sums = total if use.exchange is None else use.exchange.sums(total)
+                return self._sums
+        return None
 
     def _differentiable_run(self, i: int) -> tuple[list[Any], list[Any]]:
         """The leaves of the input, cut off from what made them, and those of the output."""
@@ -184,6 +193,11 @@ class Block:
         invariant = f"a block that uses the same layers for every micro-batch and each time, {described(layer)} next"
         todo = "Let nothing but the input's values depend on the micro-batch."
         raise ArgumentError(expected("exact_accumulation", invariant, got, todo))
+
+
+def _reached(outputs: list[Any], grads: Grads) -> list[tuple[Tensor, Tensor]]:
+    """The outputs that a gradient flows back from, with it."""
+    return [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
 
 
 class Part:
