@@ -33,8 +33,8 @@ NAMES = [
     name for name in BACKENDS if name != "gpu" or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 ]
 """The backends that can run here; tests/kernels/test_gpu_interpreted.py runs the GPU's in a process of its own."""
-ON_CPU = [name for name in NAMES if DEVICES.get(name, "cpu") == "cpu"]
-"""Those of them that take the CPU's tensors."""
+ON_THE_CPU = [name for name in BACKENDS if name not in DEVICES]
+"""Those that take CPU tensors at the speed that tests need, for tests that make their tensors there."""
 MARGIN = 64
 """Values in front of and behind a tensor that no kernel may read or write."""
 

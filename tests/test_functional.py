@@ -15,7 +15,7 @@ from batchnorm import kernels, reference
 from batchnorm.errors import ArgumentError, BackendError, DtypeError, MismatchError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import BACKENDS
-from conformance import EPS, LAYOUTS, ON_CPU, arrange
+from conformance import EPS, LAYOUTS, ON_THE_CPU, arrange
 from tolerances import assert_close, to_float64
 
 SHAPE = (6, 5, 4, 7)
@@ -355,7 +355,7 @@ def test_a_backend_without_a_name_is_an_error() -> None:
 
 
 @pytest.mark.usefixtures("nothing_named")
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_explain_says_what_runs_and_why_each_other_does_not(name: str) -> None:
     x = torch.randn(8, 3)
     with bn.use_backend(name):

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm.kernels.contract import Groups
 from batchnorm.moments import Moments
-from conformance import ON_CPU, arrange, load
+from conformance import ON_THE_CPU, arrange, load
 from tolerances import assert_close, to_float64
 
 
@@ -38,7 +38,7 @@ def agree(found: Moments, x: Tensor) -> None:
     assert_close(found.variance(), right.var, dtype="float32", quantity="var")
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 @settings(deadline=None, max_examples=40)
 @given(x=batches(), data=st.data())
 def test_masks_that_share_out_the_values(name: str, x: Tensor, data: st.DataObject) -> None:
@@ -49,7 +49,7 @@ def test_masks_that_share_out_the_values(name: str, x: Tensor, data: st.DataObje
     agree(found[0].merge(*found[1:]), x)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 @settings(deadline=None, max_examples=40)
 @given(x=batches(), data=st.data())
 def test_weights_that_add_up_to_one(name: str, x: Tensor, data: st.DataObject) -> None:
@@ -60,7 +60,7 @@ def test_weights_that_add_up_to_one(name: str, x: Tensor, data: st.DataObject) -
     agree(found[0].merge(found[1]), x)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 @settings(deadline=None, max_examples=40)
 @given(x=batches(), data=st.data())
 def test_groups_of_any_size(name: str, x: Tensor, data: st.DataObject) -> None:
@@ -74,7 +74,7 @@ def test_groups_of_any_size(name: str, x: Tensor, data: st.DataObject) -> None:
     agree(found.pooled(), x)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 @settings(deadline=None, max_examples=40)
 @given(x=batches(), data=st.data())
 def test_micro_batches_in_any_order(name: str, x: Tensor, data: st.DataObject) -> None:
@@ -86,7 +86,7 @@ def test_micro_batches_in_any_order(name: str, x: Tensor, data: st.DataObject) -
     agree(found[0].merge(*found[1:]), x)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_one_group_of_the_whole_size_is_the_batch_to_the_bit(name: str) -> None:
     kernel, x = load(name), torch.randn(64, 33, 5)
     one, whole = kernel.moments(x, groups=Groups(64, 1)), kernel.moments(x)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, AutogradError, DtypeError
-from conformance import ON_CPU
+from conformance import ON_THE_CPU
 from tolerances import assert_close, to_float64
 
-WAYS = [*ON_CPU, "composite", "torch.compile"]
+WAYS = [*ON_THE_CPU, "composite", "torch.compile"]
 LENGTHS = (7, 2, 5, 1)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -150,7 +150,7 @@ def test_in_a_compiled_graph_a_mask_that_leaves_too_few_values_moves_nothing(pre
     assert torch.equal(grads[2], dy[0, :, 0] * present if present else torch.zeros(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("way", [*ON_CPU, "composite"])
+@pytest.mark.parametrize("way", [*ON_THE_CPU, "composite"])
 @pytest.mark.parametrize("present", [0, 1])
 def test_elsewhere_it_is_an_error_that_changes_nothing(way: str, present: int) -> None:
     x, _, _ = padded()

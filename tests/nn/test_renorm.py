@@ -14,12 +14,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError
-from conformance import ON_CPU
+from conformance import ON_THE_CPU
 from tolerances import assert_close, to_float64
 
 NOW = (0, 0, 0)
 EPS = 1e-3
-WAYS = [*ON_CPU, "composite", "torch.compile"]
+WAYS = [*ON_THE_CPU, "composite", "torch.compile"]
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ import batchnorm as bn
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels.contract import Groups
 from batchnorm.nn.counting import groups_of
-from conformance import ON_CPU
+from conformance import ON_THE_CPU
 from tolerances import assert_close, to_float64
 
-WAYS = [*ON_CPU, "composite", "torch.compile"]
+WAYS = [*ON_THE_CPU, "composite", "torch.compile"]
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,7 @@ def test_with_renormalization_each_has_an_r_and_d_of_its_own(way: str) -> None:
         assert_close(a, to_float64(b), dtype="float64", quantity=quantity, scale=None if quantity == "dx" else 100.0)
 
 
-@pytest.mark.parametrize("way", [*ON_CPU, "composite"])
+@pytest.mark.parametrize("way", [*ON_THE_CPU, "composite"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_derivatives_of_first_and_second_order(way: str, size: int) -> None:
     layer = layer_of(size, momentum=0.0)
@@ -197,36 +197,6 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-
-
-# Where no kernel runs
-
-RENORM = bn.Renorm(1.3, 0.2, (0, 0, 0))
-
-
-def test_torch_export_with_any_batch_size() -> None:
-    layer = layer_of(4, renorm=RENORM)
-    samples = torch.export.Dim("samples", min=9)
-    program = torch.export.export(copy.deepcopy(layer), (data(10, 5)[0],), dynamic_shapes=({0: samples},)).module()
-    for size in (12, 17, 9):
-        x, _ = data(size, 5)
-        assert_close(program(x), to_float64(layer(x)), dtype="float64", quantity="y")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torch_jit_trace_keeps_the_batch_size() -> None:
-    layer = layer_of(4, renorm=RENORM)
-    x, _ = data(10, 5)
-    traced = torch.jit.trace(copy.deepcopy(layer), x, check_trace=False)
-    layer(x)
-    assert_close(traced(x), to_float64(layer(x)), dtype="float64", quantity="y")
-
-
-def test_function_transforms() -> None:
-    layer = layer_of(4, track_running_stats=False)
-    x = torch.stack([data(10, 2, seed=seed)[0] for seed in range(3)])
-    expected = torch.stack([layer(each) for each in x])
-    assert_close(torch.func.vmap(layer)(x), to_float64(expected), dtype="float64", quantity="y")
 
 
 # What is refused

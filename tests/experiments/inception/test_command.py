@@ -49,7 +49,7 @@ def metrics_of(out: Path) -> Any:
 def test_thirty_steps_of_every_variant_end_to_end(folder: Path, tmp_path: Path) -> None:
     settings = replace(TINY, steps=30, width=1 / 16, sweep=True, processes=1)
     out = tmp_path / "out"
-    code, results, complaints = reproduced(settings, folder, out, workers=1)
+    code, results, complaints = reproduced(settings, folder, out)
     assert (code, complaints) == (0, "")
     assert {path.name for path in out.iterdir()} == FILES
     metrics = metrics_of(out)
@@ -80,6 +80,7 @@ def test_thirty_steps_of_every_variant_end_to_end(folder: Path, tmp_path: Path) 
     assert results.splitlines()[-1].startswith(f"Written to {out}: metrics.json, figure2.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [("inception", 0, 1), ("bn-x5", 1, 2)])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_figures(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[str, int, int]

@@ -47,6 +47,7 @@ class Files:
             batch_size=None,
             sampler=requests,
             num_workers=self.workers,
+            generator=torch.Generator(),  # the loader draws a seed that nothing here uses
             collate_fn=_unchanged,  # the default would build a copy
         )
         for found in loader:

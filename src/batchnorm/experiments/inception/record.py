@@ -181,15 +181,16 @@ class Recording:
         found = []
         for variant in VARIANTS:
             settings = recipe(variant, self.settings.scale, self.base)
-            network = Inception(
-                classes=self.images.classes,
-                channels=self.images.channels,
-                size=min(self.images.height, self.images.width),
-                width=self.settings.width,
-                normalize=variant.normalize,
-                nonlinearity=variant.nonlinearity,
-                generator=torch.Generator(),
-            )
+            with torch.device("meta"):  # it is only counted
+                network = Inception(
+                    classes=self.images.classes,
+                    channels=self.images.channels,
+                    size=min(self.images.height, self.images.width),
+                    width=self.settings.width,
+                    normalize=variant.normalize,
+                    nonlinearity=variant.nonlinearity,
+                    generator=torch.Generator(),
+                )
             found.append(
                 Variant(
                     key=variant.key,

@@ -72,17 +72,14 @@ class Settings:
         if self.size is not None:
             _within("a size", self.size, 1, _MOST_PIXELS, "224 is the paper's.")
         if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ArgumentError(
-                expected(
-                    "Settings", "a learning rate above 0", self.learning_rate, "0.02 is the default of small images."
-                )
-            )
+            todo = f"The default is {BASES['small'].learning_rate:g}."
+            raise ArgumentError(expected("Settings", "a learning rate above 0", self.learning_rate, todo))
         if self.decay is not None and not (math.isfinite(self.decay) and self.decay >= 1):
             todo = "It is the factor by which the learning rate falls; 1 leaves it as it is."
             raise ArgumentError(expected("Settings", "a decay of at least 1", self.decay, todo))
         if self.scale not in BASES:
             raise ArgumentError(
-                expected("Settings", f"a scale among {', '.join(BASES)}", repr(self.scale), "Choose one.")
+                expected("Settings", f"a scale among {', '.join(BASES)}", repr(self.scale), "Choose one of them.")
             )
         _within("processes", self.processes, 1, _processors(), "Each trains one network on one core of this machine.")
         self._check_device()

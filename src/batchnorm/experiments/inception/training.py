@@ -180,6 +180,10 @@ class Training:
         self._batches = None
 
     def _build(self) -> Inception:
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights of their own first
+            return self._inception()
+
+    def _inception(self) -> Inception:
         return Inception(
             classes=self.images.classes,
             channels=self.images.channels,

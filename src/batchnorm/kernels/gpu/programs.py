@@ -66,9 +66,9 @@ def _block(outer, last, channels, inner, C_UNIT: tl.constexpr, I_UNIT: tl.conste
 def _tile(tile, shape, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr):
     """Where a tile is, and how many places it has.
 
-    The first of its values in a tensor of x's size, offsets [channels, places] from there, and which of them exist;
-    then the same [1, places] of a tensor without channels. ``plan`` sees to it that offsets fit into 32 bits, which
-    takes half the registers. Only the first value's has 64, and it is a plain number.
+    The first of its values in a tensor of x's size, offsets [channels, places] from there, which of them exist, and
+    the same [1, places] of a tensor without channels. ``plan`` sees to it that offsets fit into 32 bits, which takes
+    half the registers. Only the first value's has 64, and it is a plain number.
     """
     before, outer, channels, inner, c, there = shape
     across = tl.cdiv(inner, I_BLOCK)
