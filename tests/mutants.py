@@ -136,35 +136,35 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "eager: dx without the path through the variance",
         EAGER,
-        "through_statistics = centred.mul_(slope).add_(constant)",
-        "through_statistics = centred.mul_(0.0).add_(sums[0].to(a.dtype).view(1, -1, 1) / count)",
+        "centred.mul_(slope[part.groups]).add_(constant[part.groups])",
+        "centred.mul_(0.0).add_(constant[part.groups])",
         OF_EAGER,
     ),
     Mutant(
         "eager: dx without the path through the mean",
         EAGER,
-        "constant = _per_channel(sums[0] / count - sweep.affine.lo * per_unit, a.dtype)",
-        "constant = _per_channel(-sweep.affine.lo * per_unit, a.dtype)",
+        "(sums[0] / count - sweep.affine.lo * per_unit)",
+        "(-sweep.affine.lo * per_unit)",
         OF_EAGER,
     ),
     Mutant(
         "eager: the mask is ignored in dx",
         EAGER,
-        "through_statistics.masked_fill_(~sweep.present[part], 0)",
+        "through_statistics.masked_fill_(~part.of(sweep.present), 0)",
         "pass",
         OF_EAGER,
     ),
     Mutant(
         "eager: the sample weight is ignored in dx",
         EAGER,
-        "through_statistics.mul_(weights[part])",
+        "through_statistics.mul_(part.of(weights))",
         "pass",
         OF_EAGER,
     ),
     Mutant(
         "eager: what is absent is not set to 0",
         EAGER,
-        "z = z.masked_fill_(~present[part], 0)",
+        "z = z.masked_fill_(~part.of(present), 0)",
         "pass",
         OF_EAGER,
     ),
@@ -213,8 +213,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "functional: too little weight passes",
         CHECKS,
-        "if least <= 1:",
-        "if least <= 0:",
+        "if found <= 1:",
+        "if found <= 0:",
         OF_FUNCTIONAL,
     ),
     Mutant(
@@ -227,9 +227,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "layer: the counter is raised by a forward that fails",
         LAYER,
-        "        name = type(self).__name__\n        read =",
+        "        name = type(self).__name__\n        careful =",
         "        batches = None if batches is None else batches.add_(1)\n"
-        "        name = type(self).__name__\n        read =",
+        "        name = type(self).__name__\n        careful =",
         OF_REFUSALS,
     ),
     Mutant(
@@ -242,8 +242,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "layer: too_few is not looked at",
         LAYER,
-        "input.dim() > 1 and input.numel() <= input.shape[1]",
-        "False",
+        "if careful and has_too_few(",
+        "if False and has_too_few(",
         OF_REFUSALS,
     ),
     Mutant(
@@ -466,8 +466,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "composite: the mask is left out of the statistics",
         COMPOSITE,
-        "found = _moments(x, counted(mask, sample_weight))",
-        "found = _moments(x, sample_weight)",
+        "found = _moments(x, counted(mask, sample_weight), channelwise)",
+        "found = _moments(x, sample_weight, channelwise)",
         OF_GRADIENTS,
     ),
     Mutant(
@@ -479,7 +479,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "cpu: buffers are written behind autograd's back",
-        "src/batchnorm/kernels/cpu/__init__.py",
+        "src/batchnorm/kernels/cpu/grouped.py",
         "torch._C._increment_version((mean, var))",
         "pass",
         ("tests/nn/test_drop_in.py", "-k", "kept_in_a_graph"),
