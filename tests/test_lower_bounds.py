@@ -10,7 +10,7 @@ from lower_bounds import PYPROJECT, lower_bounds
 def test_each_dependency_of_users_has_one() -> None:
     found = lower_bounds(PYPROJECT.read_text(encoding="utf-8"))
     names = [line.split("==")[0] for line in found]
-    assert names == ["torch", "numpy", "numba", "typer", "rich", "matplotlib", "jinja2", "scikit-learn"]
+    assert names == ["torch", "numpy", "numba", "typer", "rich", "matplotlib", "jinja2", "scikit-learn", "pillow"]
     assert all(line.count("==") == 1 for line in found)
 
 
