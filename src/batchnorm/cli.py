@@ -96,8 +96,8 @@ def inception(
             "or one with train/CLASS and val/CLASS. [default: fashion-mnist, not fetched]"
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="600 steps, one seed, two networks together.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each network. [default: 2000]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="500 steps, one seed, two networks together.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each network. [default: 1800]")] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Number of runs, with as many seeds from --seed on. [default: 3]")
     ] = None,

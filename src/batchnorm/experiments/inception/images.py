@@ -24,7 +24,7 @@ from batchnorm.experiments.inception.crops import random_crop
 
 FASHION_MNIST = "fashion-mnist"
 _FASHION_MNIST_TRAIN_IMAGES = 60_000
-_MOST_VALIDATION_IMAGES = 2_000
+_MOST_VALIDATION_IMAGES = 1_000
 _VALIDATION_SHARE = 10  # a tenth of the training images, where that is less
 
 
