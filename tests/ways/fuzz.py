@@ -219,10 +219,11 @@ class Problem:
             count = present.sum(dims, keepdim=True)
             center = (x * present).sum(dims, keepdim=True) / count
             spread = ((x - center).square() * present).sum(dims, keepdim=True) / count
-            if bool((count > 1).all()):  # else, where the mask cannot be looked at, nothing moves
-                with torch.no_grad():
-                    mean.mul_(0.7).add_(0.3 * center.detach().flatten())
-                    var.mul_(0.7).add_(0.3 * (spread.detach() * count / (count - 1)).flatten())
+            with torch.no_grad():
+                enough = (count > 1).all()  # else, where the mask cannot be looked at, nothing moves
+                unbiased = (spread.detach() * count / (count - 1)).flatten()
+                for running, batch in ((mean, center.detach().flatten()), (var, unbiased)):
+                    running.copy_(torch.where(enough, 0.7 * running + 0.3 * batch, running))
         z = (x - center) / torch.sqrt(spread + EPS)
         for t, combine in ((weight, torch.mul), (bias, torch.add)):
             z = z if t is None else combine(z, t.view(-1, *[1] * (x.dim() - 2)))
