@@ -97,7 +97,7 @@ def inception(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="500 steps, one seed, two networks together.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each network. [default: 1800]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each network. [default: 1600]")] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Number of runs, with as many seeds from --seed on. [default: 3]")
     ] = None,

@@ -148,7 +148,7 @@ def test_too_few_images_for_a_mini_batch(small_images: ImageSet) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps from 1 to 1000000000, got 0. The default is 1800."),
+        ({"steps": 0}, "steps from 1 to 1000000000, got 0. The default is 1600."),
         ({"width": math.nan}, "a width from 0.01 to 16.0, got nan. 1 is the paper's, 0.125 the default."),
         ({"learning_rate": -1.0}, "a learning rate above 0, got -1.0. The default is 0.02."),
         ({"decay": 0.5}, "a decay of at least 1, got 0.5. It is the factor by which the learning rate falls; 1 leaves "

@@ -18,7 +18,7 @@ _MOST_SEEDS = 1000
 _MOST_PIXELS = 10_000
 _WIDEST = 16.0
 
-FULL = {"steps": 1800, "seeds": 3, "ensemble": 3}
+FULL = {"steps": 1600, "seeds": 3, "ensemble": 3}
 QUICK = {"steps": 500, "seeds": 1, "ensemble": 2}
 
 POINTS = 20
@@ -63,7 +63,7 @@ class Settings:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        _within("steps", self.steps, 1, _MOST_STEPS, "The default is 1800.")
+        _within("steps", self.steps, 1, _MOST_STEPS, "The default is 1600.")
         _within("seeds", self.seeds, 1, _MOST_SEEDS, "Each seed is one run of every network.")
         _within("a seed", self.seed, 0, _LARGEST_SEED - _MOST_SEEDS, "Any number in that range will do.")
         _within("an ensemble", self.ensemble, 0, _MOST_SEEDS, "0 leaves it out; the paper's has 6 networks.")
