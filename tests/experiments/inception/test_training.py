@@ -173,7 +173,7 @@ def test_a_device_that_is_not_there() -> None:
 def test_quick_fills_in_what_is_not_given() -> None:
     none: dict[str, Any] = dict.fromkeys(("steps", "seeds", "ensemble", "processes"))
     quick = settings_for(quick=True, **none, device="cpu")
-    assert (quick.steps, quick.seeds, quick.ensemble) == (600, 1, 2)
+    assert (quick.steps, quick.seeds, quick.ensemble) == (500, 1, 2)
     mixed = settings_for(quick=True, **{**none, "steps": 7, "processes": 1}, device="cpu")
     assert (mixed.steps, mixed.seeds, mixed.processes) == (7, 1, 1)
 
