@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import batchnorm as bn
 from batchnorm import kernels, reference
 from batchnorm.errors import ArgumentError, BackendError, DtypeError, MismatchError
-from batchnorm.functional import batch_norm
+from batchnorm.functional import batch_norm, batch_norm_with_statistics
 from batchnorm.kernels import BACKENDS
 from conformance import EPS, LAYOUTS, ON_THE_CPU, arrange
 from tolerances import assert_close, to_float64
@@ -374,3 +374,16 @@ def test_use_backend_ends_with_its_block_even_on_an_error() -> None:
     with pytest.raises(ZeroDivisionError), bn.use_backend("eager"):
         raise ZeroDivisionError
     assert not bn.explain(torch.randn(8, 3)).named
+
+
+def test_new_statistics_are_the_old_ones_where_an_unseen_mask_leaves_too_few() -> None:
+    x, mean, var = torch.randn(3, 2), torch.full((2,), 0.5), torch.full((2,), 2.0)
+
+    def new(mask: Tensor) -> tuple[Tensor, Tensor]:
+        found = batch_norm_with_statistics(x, mean, var, mask=mask)
+        return found.running_mean, found.running_var
+
+    masks = torch.tensor([[True, False, False], [True, True, True]])
+    means, variances = torch.func.vmap(new)(masks)
+    assert torch.equal(means[0], mean) and torch.equal(variances[0], var)
+    assert not torch.equal(means[1], mean) and not torch.equal(variances[1], var)

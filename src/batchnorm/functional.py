@@ -226,8 +226,11 @@ class _Results:
         self.results = before.mean, before.var
 
     def take(self, found: Moments, where: Tensor | None = None) -> None:
-        mean, var = self._before.after(found)
-        self.results = mean.to(self._before.mean.dtype), var.to(self._before.var.dtype)
+        before = self._before.mean, self._before.var
+        new = [value.to(r.dtype) for r, value in zip(before, self._before.after(found), strict=True)]
+        if where is not None:
+            new = [torch.where(where, value, r) for r, value in zip(before, new, strict=True)]
+        self.results = new[0], new[1]
 
 
 def run(
